@@ -1,0 +1,171 @@
+"""Claimed rows made into task messages.
+
+Owns the form of a message (which task, which notifications, under which dispatch) and which notifications
+share one. Pure: what is published, and how, is `broker`'s; what a worker does with it is `delivery`'s.
+
+A message carries ids: payloads and secrets stay in Postgres. Only messages of channels without stored rows, and
+of those whose rows go at publication, carry what they tell of.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from pgpubsub_celery.errors import DecodeError
+from pgpubsub_celery.store import Claimed
+
+KEYWORD = "pgpubsub"
+"""The keyword argument that marks a call as the bridge's, and carries the envelope."""
+
+FORMAT = 1
+"""Version of the envelope. A worker reads all versions up to its own; a newer one is given back."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Envelope:
+    """What a message says: whose notifications, and which."""
+
+    installation: uuid.UUID
+    channel: str
+    listener: str
+    subscription: int | None = None
+    dispatches: int = 0
+    """The dispatch that published this message; rows dispatched again since are another message's."""
+    ids: tuple[int, ...] = ()
+    carried: tuple[Mapping[str, Any], ...] = ()
+    """For messages without rows: operation, payload, context, created_at, db_version of each."""
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """Return the keyword arguments of the task message; JSON-compatible."""
+        body: dict[str, Any] = {
+            "format": FORMAT,
+            "installation": str(self.installation),
+            "channel": self.channel,
+            "listener": self.listener,
+        }
+        if self.carried:
+            body["carried"] = [dict(one) for one in self.carried]
+        else:
+            body |= {"subscription": self.subscription, "dispatches": self.dispatches, "ids": list(self.ids)}
+        return {KEYWORD: body}
+
+    @classmethod
+    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> Envelope | None:
+        """Read an envelope; None when the call is not the bridge's.
+
+        Raises:
+            DecodeError: the envelope is malformed, or of a newer release than this one.
+        """
+        body = kwargs.get(KEYWORD)
+        if body is None:
+            return None
+        try:
+            if int(body["format"]) > FORMAT:
+                raise DecodeError(
+                    f"The message has format {body['format']}; this release reads up to {FORMAT}: upgrade the workers first."
+                )
+            return cls(
+                installation=uuid.UUID(body["installation"]),
+                channel=str(body["channel"]),
+                listener=str(body["listener"]),
+                subscription=body.get("subscription"),
+                dispatches=int(body.get("dispatches", 0)),
+                ids=tuple(int(id) for id in body.get("ids", ())),
+                carried=tuple(body.get("carried", ())),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            raise DecodeError(f"The message's envelope is malformed ({type(exc).__name__}: {exc}).") from exc
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Message:
+    """One task message, ready to publish."""
+
+    task: str
+    task_id: str
+    envelope: Envelope
+
+    @property
+    def claimed(self) -> list[tuple[int, int]]:
+        """The rows that it speaks for, as (id, dispatches)."""
+        return [(id, self.envelope.dispatches) for id in self.envelope.ids]
+
+
+def notification_task_id(installation: uuid.UUID, id: int) -> str:
+    """Return the task id of a stored notification: the same in each of its runs, as Celery keeps it over retries."""
+    return str(uuid.uuid5(installation, str(id)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where the notifications of one subscription go."""
+
+    channel: str
+    listener: str
+    """The subscription's listener, as installed."""
+    task: str
+    """The Celery task of it in this release."""
+    bundle: int = 1
+    carries: bool = False
+    """The message carries the payload, because its row goes when the broker has confirmed."""
+
+
+def build_messages(
+    claimed: Iterable[Claimed], addresses: Mapping[int, Address], installation: uuid.UUID
+) -> list[Message]:
+    """Return the messages for claimed rows, in the rows' order.
+
+    First dispatches of one listener share messages of up to its bundle size; a row dispatched before is a suspect
+    and travels alone, or one poison row would kill its neighbours again and again.
+    """
+    alone: list[tuple[int, Sequence[Claimed]]] = []
+    together: dict[int, list[Claimed]] = {}
+    for row in claimed:
+        if row.dispatches > 1:
+            alone.append((row.subscription, [row]))
+        else:
+            together.setdefault(row.subscription, []).append(row)
+    groups = alone + [
+        (subscription, group)
+        for subscription, rows in together.items()
+        for group in _chunks(rows, addresses[subscription].bundle)
+    ]
+    groups.sort(key=lambda group: group[1][0].id)
+    return [_message(addresses[subscription], subscription, group, installation) for subscription, group in groups]
+
+
+def _chunks(rows: Sequence[Claimed], size: int) -> Iterator[Sequence[Claimed]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _message(address: Address, subscription: int, rows: Sequence[Claimed], installation: uuid.UUID) -> Message:
+    carried: tuple[Mapping[str, Any], ...] = ()
+    if address.carries:
+        carried = tuple(
+            {
+                "id": row.id,
+                "operation": row.operation,
+                "payload": row.payload,
+                "context": row.context,
+                "created_at": row.created_at.isoformat(),
+                "retries": row.retries,
+            }
+            for row in rows
+        )
+    return Message(
+        task=address.task,
+        task_id=notification_task_id(installation, rows[0].id) if len(rows) == 1 else str(uuid.uuid4()),
+        envelope=Envelope(
+            installation=installation,
+            channel=address.channel,
+            listener=address.listener,
+            subscription=subscription,
+            dispatches=rows[0].dispatches,
+            ids=tuple(row.id for row in rows),
+            carried=carried,
+        ),
+    )

@@ -1,0 +1,180 @@
+"""What one worker process needs to reach Postgres: settings, statements, connections, the heartbeat.
+
+Owns the worker's engine, the making of the `session` that listeners are given, and the thread that renews the leases of
+running notifications. One for each application and process; a forked child never uses its parent's connections.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+from celery import Celery
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from pgpubsub_celery.errors import SettingsError
+from pgpubsub_celery.settings import Settings
+from pgpubsub_celery.store import Store
+from pgpubsub_celery.wakeups import CONNECT_ARGUMENTS
+
+logger = logging.getLogger(__name__)
+
+_runtimes: dict[tuple[int, int], Runtime] = {}
+_creating = threading.Lock()
+
+
+class Runtime:
+    """The connections and statements of one application in one process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.store = Store(settings.schema)
+        self._factory = _load_factory(settings.session_factory)
+        self._engine: Engine | None = None
+        self._installation: uuid.UUID | None = None
+        self._lock = threading.Lock()
+        self.heartbeat = Heartbeat(self)
+
+    @classmethod
+    def of(cls, app: Celery) -> Runtime:
+        """Return this process's runtime for `app`, made at first use."""
+        key = (os.getpid(), id(app))
+        runtime = _runtimes.get(key)
+        if runtime is None:
+            with _creating:
+                runtime = _runtimes.get(key)
+                if runtime is None:
+                    runtime = _runtimes[key] = cls(Settings.load(app.conf))
+        return runtime
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that listeners' sessions run on: the session factory's own, else one for `database_url`."""
+        with self._lock:
+            if self._engine is None:
+                self._engine = self._make_engine()
+            return self._engine
+
+    def _make_engine(self) -> Engine:
+        bound = getattr(self._factory, "kw", {}).get("bind")
+        if isinstance(bound, Engine):
+            # A pool opened before the fork is the parent's; this process starts with an empty one.
+            bound.dispose(close=False)
+            return bound
+        engine = create_engine(
+            self.settings.require_database_url(),
+            connect_args={**CONNECT_ARGUMENTS, "application_name": "pgpubsub-worker"},
+            pool_pre_ping=True,
+            max_overflow=100,
+        )
+        event.listen(engine, "connect", _notice_dead_clients)
+        return engine
+
+    def connect(self) -> Connection:
+        """Return a connection for a listener's transaction (READ COMMITTED, which the row locks rely on)."""
+        return self.engine.connect().execution_options(isolation_level="READ COMMITTED")
+
+    def autocommit(self) -> Connection:
+        """Return a connection on which each statement is its own transaction."""
+        return self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+
+    def session(self, connection: Connection) -> Session:
+        """Return a fresh session on `connection` whose commits and rollbacks end at a savepoint."""
+        session = (self._factory or Session)(bind=connection, join_transaction_mode="create_savepoint")
+        if not isinstance(session, Session):
+            raise SettingsError(
+                f"session_factory {self.settings.session_factory!r} made a {type(session).__name__}: "
+                "listeners need a (synchronous) sqlalchemy.orm.Session."
+            )
+        return session
+
+    def installation(self, connection: Connection) -> uuid.UUID:
+        """Return the id of the installation in this database; read once."""
+        if self._installation is None:
+            self._installation = connection.execute(text(f"SELECT id FROM {self.store.names.installation}")).scalar_one()
+        return self._installation
+
+    def ring(self, connection: Connection, channels: Iterable[str]) -> None:
+        """Ring the doorbell of stored channels for rows made waiting in this transaction."""
+        for channel in channels:
+            connection.execute(text(f"SELECT {self.store.names.prefix}pgpubsub_ring(:channel)"), {"channel": channel})
+
+
+class Heartbeat:
+    """Renews the leases of this process's running notifications, from one thread.
+
+    `_leases` is written by the threads that run listeners and read by the heartbeat's, under `_lock`.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._leases: dict[int, tuple[uuid.UUID, float]] = {}
+        self._lock = threading.Lock()
+        self._wanted = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, ids: Iterable[int], owner: uuid.UUID, lease: float) -> None:
+        """Renew these rows, `lease` seconds at a time, until they are removed."""
+        with self._lock:
+            self._leases.update((id, (owner, lease)) for id in ids)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._beat, name="pgpubsub-heartbeat", daemon=True)
+                self._thread.start()
+        self._wanted.set()
+
+    def remove(self, id: int) -> None:
+        """Renew this row no more."""
+        with self._lock:
+            self._leases.pop(id, None)
+
+    def _beat(self) -> None:
+        interval = self._runtime.settings.heartbeat_interval
+        pause = threading.Event()
+        while True:
+            self._wanted.wait()
+            pause.wait(interval)
+            with self._lock:
+                leases = dict(self._leases)
+                if not leases:
+                    self._wanted.clear()
+                    continue
+            try:
+                with self._runtime.autocommit() as connection:
+                    self._runtime.store.renew(connection, leases)
+            except DBAPIError as exc:
+                logger.warning("Renewing %s lease(s) failed, trying again in %g s: %s", len(leases), interval, exc.orig)
+            except Exception:
+                logger.exception("Renewing %s lease(s) failed, trying again in %g s", len(leases), interval)
+
+
+def _load_factory(path: str | None) -> Any:
+    if path is None:
+        return None
+    module, _, name = path.replace(":", ".").rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as exc:
+        raise SettingsError(
+            f"session_factory is {path!r}, which cannot be imported ({exc}): "
+            "expected the dotted path of a sessionmaker, for example 'blog.db:Session'."
+        ) from exc
+
+
+def _notice_dead_clients(connection: Any, _: object) -> None:
+    # A killed worker's query would hold its rows until it ends; the server then looks every 2 s instead. Not every
+    # platform's server can: those keep the default.
+    cursor = connection.cursor()
+    try:
+        cursor.execute("SET client_connection_check_interval = '2s'")
+        connection.commit()
+    except connection.Error:
+        connection.rollback()
+    finally:
+        cursor.close()

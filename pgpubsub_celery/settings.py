@@ -1,0 +1,199 @@
+"""Settings: one frozen, validated value that is passed explicitly to every part.
+
+Owns the names, defaults, units and checks of all settings and where they come from: command options
+first, then `PGPUBSUB_…` environment variables, then Celery's configuration (`pgpubsub_…`). Never
+read at import; `Settings.load()` reads the environment when it is called, and nothing else does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from pgpubsub_celery.errors import SettingsError, did_you_mean
+
+ENVIRONMENT_PREFIX = "PGPUBSUB_"
+CELERY_PREFIX = "pgpubsub_"
+
+
+def sync_url(url: str | URL, *, setting: str = "database_url") -> URL:
+    """Return `url` as an SQLAlchemy URL for psycopg2, whatever driver or spelling it was written with.
+
+    Understands `postgres://`, `postgresql://`, and the `+psycopg`, `+asyncpg`, `+pg8000` drivers. asyncpg's
+    `ssl=` becomes libpq's `sslmode=`; SQLAlchemy's own asyncpg cache options are dropped.
+    """
+    try:
+        if isinstance(url, str) and url.startswith("postgres://"):
+            url = "postgresql://" + url.removeprefix("postgres://")
+        parsed = make_url(url)
+    except ArgumentError:
+        raise SettingsError(
+            f"{setting} is not a database URL: expected something like "
+            "'postgresql://user:password@host:5432/name'."
+        ) from None
+    if parsed.get_backend_name() != "postgresql":
+        raise SettingsError(
+            f"{setting} names the database kind {parsed.get_backend_name()!r}: this package needs PostgreSQL, "
+            "for example 'postgresql://user:password@host:5432/name'."
+        )
+    query = dict(parsed.query)
+    ssl = query.pop("ssl", None)
+    if ssl is not None and "sslmode" not in query:
+        query["sslmode"] = ssl
+    for asyncpg_only in ("prepared_statement_cache_size", "prepared_statement_name_func", "async_fallback"):
+        query.pop(asyncpg_only, None)
+    return parsed.set(drivername="postgresql+psycopg2", query=query)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings, validated. Durations are seconds.
+
+    Raises:
+        SettingsError: a value is out of range or of the wrong kind; names the setting, the value, the fix.
+    """
+
+    database_url: str | None = dataclasses.field(default=None, repr=False)
+    """Where the tables are. Understands `postgres://` and async drivers."""
+    listen_url: str | None = dataclasses.field(default=None, repr=False)
+    """A direct connection for LISTEN where `database_url` goes through pgbouncer. Default: `database_url`."""
+    session_factory: str | None = None
+    """Dotted path (`pkg.module:name`) of the `sessionmaker` that listeners' `session` comes from."""
+    schema: str = "public"
+    """The schema that holds this package's tables and functions."""
+    poll_interval: float = 30.0
+    """Seconds between sweeps, which find whatever a doorbell missed."""
+    batch_size: int = 500
+    """Notifications claimed by one statement."""
+    max_in_flight: int = 1000
+    """Notifications of one listener published and not yet acknowledged, at most."""
+    lease: float = 120.0
+    """Seconds a published notification waits for its worker before it is published again."""
+    lease_max: float = 3600.0
+    """Seconds a lease may grow to; it doubles with each dispatch."""
+    heartbeat_interval: float = 20.0
+    """Seconds between lease renewals by a worker that runs a listener without `session`."""
+    max_starts: int = 3
+    """Runs begun and never ended (the worker died) before a notification is failed."""
+    bundle_target: float = 0.1
+    """Seconds of work that a bundle should carry."""
+    bundle_max: int = 200
+    """Notifications in one message, at most."""
+    task_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Celery task options that every listener starts from."""
+    failed_retention: float | None = None
+    """Seconds that failed notifications are kept; None keeps them until they are discarded."""
+    drain_timeout: float = 30.0
+    """Seconds that a stopping bridge may take to finish its batch."""
+    publish_timeout: float = 10.0
+    """Seconds to wait for the broker to confirm a message; after that it counts as not published."""
+
+    def __post_init__(self) -> None:
+        for name in ("database_url", "listen_url"):
+            value = getattr(self, name)
+            if value is not None:
+                sync_url(value, setting=name)
+        for name in ("poll_interval", "lease", "lease_max", "heartbeat_interval", "bundle_target", "publish_timeout"):
+            self._number(name, above=0)
+        self._number("drain_timeout", least=0)
+        for name in ("batch_size", "max_in_flight", "max_starts", "bundle_max"):
+            self._number(name, least=1, whole=True)
+        if self.failed_retention is not None:
+            self._number("failed_retention", above=0)
+        if self.lease_max < self.lease:
+            raise SettingsError(f"lease_max is {self.lease_max:g} s, less than lease ({self.lease:g} s): raise lease_max.")
+        if self.heartbeat_interval * 2 > self.lease:
+            raise SettingsError(
+                f"heartbeat_interval is {self.heartbeat_interval:g} s: with a lease of {self.lease:g} s it must be at most "
+                f"{self.lease / 2:g} s, so that one missed beat does not lose the lease."
+            )
+        if not isinstance(self.schema, str) or not self.schema or len(self.schema.encode()) > 63:
+            raise SettingsError(f"schema is {self.schema!r}: expected a schema name of 1 to 63 bytes.")
+        if not isinstance(self.task_options, Mapping):
+            raise SettingsError(f"task_options is {self.task_options!r}: expected a dict of Celery task options.")
+
+    def _number(self, name: str, *, above: float | None = None, least: float | None = None, whole: bool = False) -> None:
+        value = getattr(self, name)
+        kind = int if whole else (int, float)
+        fits = (
+            isinstance(value, kind)
+            and not isinstance(value, bool)
+            and (above is None or value > above)
+            and (least is None or value >= least)
+        )
+        if not fits:
+            bound = f"above {above:g}" if above is not None else f"of at least {least:g}"
+            raise SettingsError(f"{name} is {value!r}: expected a {'whole ' if whole else ''}number {bound}.")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of all settings."""
+        return [field.name for field in dataclasses.fields(cls)]
+
+    @classmethod
+    def load(
+        cls, celery_conf: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None, **options: Any
+    ) -> Settings:
+        """Collect the settings: `options` that are not None, then the environment, then Celery's configuration.
+
+        Raises:
+            SettingsError: a value cannot be used, or a `PGPUBSUB_…` or `pgpubsub_…` name is not a setting.
+        """
+        environ = os.environ if environ is None else environ
+        names = cls.names()
+        values: dict[str, Any] = {}
+        for key, value in _celery_items(celery_conf):
+            name = key[len(CELERY_PREFIX) :].lower()
+            if name not in names:
+                raise SettingsError(f"Celery setting {key!r} is not known.{did_you_mean(name, names)}")
+            if value is not None:
+                values[name] = value
+        for name in names:
+            text = environ.get(ENVIRONMENT_PREFIX + name.upper())
+            if text is not None and text != "":
+                values[name] = _from_text(cls, name, text)
+        for name, value in options.items():
+            if name not in names:
+                raise SettingsError(f"{name!r} is not a setting.{did_you_mean(name, names)}")
+            if value is not None:
+                values[name] = value
+        return cls(**values)
+
+    def require_database_url(self) -> URL:
+        """Return `database_url` for psycopg2; SettingsError with the three places to set it when there is none."""
+        if self.database_url is None:
+            raise SettingsError(
+                "No database is configured: set PGPUBSUB_DATABASE_URL, Celery's pgpubsub_database_url, or pass --database-url."
+            )
+        return sync_url(self.database_url)
+
+
+def _celery_items(conf: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
+    if conf is None:
+        return []
+    # A Celery Settings object is a chain of mappings; keys may be spelled in upper case.
+    return [(key, conf[key]) for key in list(conf) if isinstance(key, str) and key.lower().startswith(CELERY_PREFIX)]
+
+
+def _from_text(cls: type[Settings], name: str, text: str) -> Any:
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    kind = str(field.type)
+    variable = ENVIRONMENT_PREFIX + name.upper()
+    try:
+        if kind.startswith("int"):
+            return int(text)
+        if kind.startswith("float"):
+            return float(text)
+        if kind.startswith("Mapping"):
+            import json
+
+            return json.loads(text)
+    except ValueError:
+        expected = {"i": "a whole number", "f": "a number", "M": "a JSON object"}[kind[0]]
+        raise SettingsError(f"{variable} is {text!r}: expected {expected}.") from None
+    return text

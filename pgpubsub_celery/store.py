@@ -1,0 +1,533 @@
+"""Every statement that a running bridge or worker sends, on a connection that the caller gives.
+
+Owns the SQL of the protocol: claim, release, take, acknowledge, retry, fail, recover. Each method names its
+purpose, the index it uses, the locks it takes and what the caller's transaction must be. Never opens a
+connection, never commits, never sees a payload's meaning. Database time decides everything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, TextClause, text
+
+from pgpubsub_celery.schema import Names
+
+TRACEBACK_LIMIT = 20_000
+"""Characters of a traceback that are kept; its end says most, so its middle goes."""
+ERROR_LIMIT = 2_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quota:
+    """How much of one subscription a claim may take, and under which lease."""
+
+    subscription: int
+    limit: int
+    """Rows published and not yet acknowledged, at most; the claim takes the difference."""
+    lease: float
+    lease_max: float
+    with_payload: bool = False
+    """Payloads are returned only where the message must carry them (`acknowledge="published"`)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claimed:
+    """A row that a claim has put under lease, as the bridge sees it: ids, not contents."""
+
+    id: int
+    subscription: int
+    dispatches: int
+    retries: int
+    operation: str
+    created_at: datetime.datetime
+    payload: Any = None
+    context: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claim:
+    """The outcome of one claim."""
+
+    rows: list[Claimed]
+    failed: int
+    """Rows that were failed instead, because their starts are used up."""
+    lost: int
+    """How many of the rows had been published before and their lease ran out."""
+    in_flight: Mapping[int, int]
+    """Published and not yet acknowledged, before this claim, for each subscription."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Taken:
+    """A row as the worker that runs its listener sees it."""
+
+    id: int
+    channel: str
+    subscription: int
+    operation: str
+    payload: Any
+    context: Any
+    created_at: datetime.datetime
+    db_version: str | None
+    dispatches: int
+    starts: int
+    retries: int
+
+
+_TAKEN = "n.id, n.channel, n.subscription, n.operation, n.payload, n.context, n.created_at, n.db_version, n.dispatches, n.starts, n.retries"
+
+
+class Store:
+    """The statements for one schema. Stateless; may be shared by threads and processes."""
+
+    def __init__(self, schema: str) -> None:
+        self.names = Names(schema)
+        n, s = self.names.notification, self.names.subscription
+        self._claim = _sql(_CLAIM, n=n)
+        self._adopt = _sql(_ADOPT, n=n, s=s)
+        self._next_due = _sql(_NEXT_DUE, n=n)
+        self._hold = _sql(_HOLD, n=n)
+        self._recover = _sql(_RECOVER, n=n)
+        self._unpublished = _sql(_UNPUBLISHED, n=n)
+        self._delete_published = _sql(_DELETE_PUBLISHED, n=n)
+        self._count_start = _sql(_COUNT_START, n=n)
+        self._take_locked = _sql(_TAKE_LOCKED, n=n, taken=_TAKEN)
+        self._acknowledge_locked = _sql(_ACKNOWLEDGE_LOCKED, n=n)
+        self._take_owned = _sql(_TAKE_OWNED, n=n, taken=_TAKEN)
+        self._acknowledge_owned = _sql(_ACKNOWLEDGE_OWNED, n=n)
+        self._is_owned = _sql(_IS_OWNED, n=n)
+        self._renew = _sql(_RENEW, n=n)
+        self._retry = _sql(_RETRY, n=n)
+        self._fail = _sql(_FAIL, n=n)
+        self._release = _sql(_RELEASE, n=n)
+        self._release_owned = _sql(_RELEASE_OWNED, n=n)
+
+    # The bridge
+
+    def claim(self, connection: Connection, quotas: Sequence[Quota], *, batch_size: int, max_starts: int) -> Claim:
+        """Put due rows under lease and return them: expired leases first, then waiting ones in order.
+
+        One statement; the caller's connection is in autocommit, so the lease is committed before anything is
+        published. Uses pgpubsub_notification_claim_idx; locks the claimed rows, skips what others have locked.
+        """
+        result = connection.execute(
+            self._claim,
+            {
+                "subscriptions": [q.subscription for q in quotas],
+                "limits": [q.limit for q in quotas],
+                "leases": [q.lease for q in quotas],
+                "lease_maxima": [q.lease_max for q in quotas],
+                "payloads": [q.with_payload for q in quotas],
+                "batch_size": batch_size,
+                "max_starts": max_starts,
+            },
+        )
+        rows: list[Claimed] = []
+        failed = lost = 0
+        in_flight: dict[int, int] = {}
+        for row in result:
+            if row.id is None:
+                in_flight[row.subscription] = row.in_flight
+            elif row.state == "failed":
+                failed += 1
+            else:
+                lost += row.was_lost
+                rows.append(
+                    Claimed(
+                        id=row.id,
+                        subscription=row.subscription,
+                        dispatches=row.dispatches,
+                        retries=row.retries,
+                        operation=row.operation,
+                        created_at=row.created_at,
+                        payload=row.payload,
+                        context=row.context,
+                    )
+                )
+        # UPDATE … RETURNING has no order; ids follow the order in which the rows were stored.
+        rows.sort(key=lambda claimed: claimed.id)
+        return Claim(rows=rows, failed=failed, lost=lost, in_flight=in_flight)
+
+    def next_due(self, connection: Connection, subscriptions: Sequence[int]) -> float | None:
+        """Return the seconds until the earliest waiting row or lease end of these, or None. One index probe each."""
+        seconds = connection.execute(self._next_due, {"subscriptions": list(subscriptions)}).scalar()
+        return None if seconds is None else max(0.0, float(seconds))
+
+    def adopt(self, connection: Connection, subscriptions: Sequence[int]) -> int:
+        """Give rows stored before their channel had a listener to its first subscription; return how many."""
+        return connection.execute(self._adopt, {"subscriptions": list(subscriptions)}).rowcount
+
+    def hold(self, connection: Connection, subscriptions: Sequence[int]) -> int:
+        """Mark what was stored before as held; return how many rows.
+
+        The statement's snapshot is the boundary: a transaction that commits later is not before. Rows in flight,
+        retries and rows not yet due are left alone.
+        """
+        return connection.execute(self._hold, {"subscriptions": list(subscriptions)}).rowcount
+
+    def recover(
+        self, connection: Connection, subscriptions: Sequence[int], *, failed: bool, batch_size: int = 1000
+    ) -> int:
+        """Make up to `batch_size` held (and failed) rows waiting again; return how many. Skips locked rows."""
+        states = ["held", "failed"] if failed else ["held"]
+        return connection.execute(
+            self._recover, {"subscriptions": list(subscriptions), "states": states, "batch_size": batch_size}
+        ).rowcount
+
+    def release_unpublished(self, connection: Connection, claimed: Sequence[tuple[int, int]], *, delay: float = 0) -> int:
+        """Give back rows, as (id, dispatches), whose message was not published or whose outcome is unknown."""
+        return connection.execute(
+            self._unpublished,
+            {"ids": [c[0] for c in claimed], "dispatches": [c[1] for c in claimed], "delay": delay},
+        ).rowcount
+
+    def delete_published(self, connection: Connection, claimed: Sequence[tuple[int, int]]) -> int:
+        """Acknowledge rows, as (id, dispatches), of channels whose rows go when the broker has confirmed."""
+        return connection.execute(
+            self._delete_published, {"ids": [c[0] for c in claimed], "dispatches": [c[1] for c in claimed]}
+        ).rowcount
+
+    # The worker, for listeners with `session`
+
+    def count_start(self, connection: Connection, ids: Sequence[int], dispatches: int) -> list[int]:
+        """Count a run begun, for rows published before; return the ids that are still this message's.
+
+        The caller commits it before the run, so that a run that kills its worker is counted.
+        """
+        return list(connection.execute(self._count_start, {"ids": list(ids), "dispatches": dispatches}).scalars())
+
+    def take_locked(self, connection: Connection, ids: Sequence[int], dispatches: int) -> tuple[list[Taken], int]:
+        """Lock and return the rows that are still this message's, and the id of the caller's transaction.
+
+        Rows gone, taken or locked are left out: a duplicate, or another's.
+        """
+        rows = connection.execute(self._take_locked, {"ids": list(ids), "dispatches": dispatches}).all()
+        return [_taken(row) for row in rows], (int(rows[0].transaction) if rows else 0)
+
+    def acknowledge_locked(self, connection: Connection, ids: Sequence[int], transaction: int) -> int:
+        """Delete finished rows in the transaction that locked them; return how many.
+
+        Deletes nothing when the transaction is not the one that took them: a listener ended it.
+        """
+        return connection.execute(self._acknowledge_locked, {"ids": list(ids), "transaction": str(transaction)}).rowcount
+
+    # The worker, for listeners without `session`
+
+    def take_owned(
+        self, connection: Connection, ids: Sequence[int], dispatches: int, owner: uuid.UUID, lease: float
+    ) -> list[Taken]:
+        """Mark the rows that are still this message's as running under `owner`, and return them."""
+        rows = connection.execute(
+            self._take_owned, {"ids": list(ids), "dispatches": dispatches, "owner": str(owner), "lease": lease}
+        )
+        return sorted((_taken(row) for row in rows), key=lambda taken: taken.id)
+
+    def acknowledge_owned(self, connection: Connection, id: int, owner: uuid.UUID) -> bool:
+        """Delete a finished row; False when it is no longer this owner's."""
+        return connection.execute(self._acknowledge_owned, {"id": id, "owner": str(owner)}).rowcount == 1
+
+    def is_owned(self, connection: Connection, id: int, owner: uuid.UUID) -> bool:
+        """Whether the row is still there and this owner's, as committed."""
+        return connection.execute(self._is_owned, {"id": id, "owner": str(owner)}).scalar() is not None
+
+    def renew(self, connection: Connection, leases: Mapping[int, tuple[uuid.UUID, float]]) -> list[int]:
+        """Renew the leases of running rows, id to (owner, seconds); return the ids renewed. Skips locked rows."""
+        return list(
+            connection.execute(
+                self._renew,
+                {
+                    "ids": list(leases),
+                    "owners": [str(owner) for owner, _ in leases.values()],
+                    "leases": [lease for _, lease in leases.values()],
+                },
+            ).scalars()
+        )
+
+    # Both
+
+    def retry(
+        self,
+        connection: Connection,
+        id: int,
+        *,
+        retries: int,
+        owner: uuid.UUID | None,
+        dispatches: int,
+        countdown: float | None = None,
+        eta: datetime.datetime | None = None,
+    ) -> bool:
+        """Make a taken row wait for its next run, after `countdown` seconds or at `eta`; False when it is lost."""
+        return (
+            connection.execute(
+                self._retry,
+                {
+                    "id": id,
+                    "retries": retries,
+                    "owner": None if owner is None else str(owner),
+                    "dispatches": dispatches,
+                    "countdown": countdown or 0.0,
+                    "eta": eta,
+                },
+            ).rowcount
+            == 1
+        )
+
+    def fail(
+        self,
+        connection: Connection,
+        ids: Sequence[int],
+        *,
+        owner: uuid.UUID | None,
+        dispatches: int,
+        error: str,
+        traceback: str | None,
+        task_id: str | None = None,
+    ) -> list[int]:
+        """Mark taken rows as failed with their error; return the ids marked."""
+        return list(
+            connection.execute(
+                self._fail,
+                {
+                    "ids": list(ids),
+                    "owner": None if owner is None else str(owner),
+                    "dispatches": dispatches,
+                    "error": shorten(error, ERROR_LIMIT),
+                    "traceback": None if traceback is None else shorten(traceback, TRACEBACK_LIMIT),
+                    "task_id": task_id,
+                },
+            ).scalars()
+        )
+
+    def release(
+        self, connection: Connection, ids: Sequence[int], dispatches: int, *, started: int = 0, delay: float = 0
+    ) -> list[int]:
+        """Give back published rows; their next message carries them alone. `started` takes starts back."""
+        return list(
+            connection.execute(
+                self._release, {"ids": list(ids), "dispatches": dispatches, "started": started, "delay": delay}
+            ).scalars()
+        )
+
+    def release_owned(
+        self, connection: Connection, ids: Sequence[int], owner: uuid.UUID, *, started: int = 1, delay: float = 0
+    ) -> list[int]:
+        """Give back running rows of this owner; `started` takes starts back where the run did not begin."""
+        return list(
+            connection.execute(
+                self._release_owned, {"ids": list(ids), "owner": str(owner), "started": started, "delay": delay}
+            ).scalars()
+        )
+
+
+def shorten(value: str, limit: int) -> str:
+    """Return `value` cut in its middle to `limit` characters, without NUL, which Postgres cannot store."""
+    value = value.replace("\x00", "\\x00")
+    if len(value) <= limit:
+        return value
+    head = limit // 3
+    return f"{value[:head]}\n… {len(value) - limit} characters left out …\n{value[-(limit - head):]}"
+
+
+def _taken(row: Any) -> Taken:
+    return Taken(
+        id=row.id,
+        channel=row.channel,
+        subscription=row.subscription,
+        operation=row.operation,
+        payload=row.payload,
+        context=row.context,
+        created_at=row.created_at,
+        db_version=row.db_version,
+        dispatches=row.dispatches,
+        starts=row.starts,
+        retries=row.retries,
+    )
+
+
+def _sql(template: str, **names: str) -> TextClause:
+    return text(template.format(**names))
+
+
+# `= ANY (ARRAY(…))` rather than IN: the latter turns to a sequential scan at larger batches.
+# in_flight is counted by the same statement (index only, at most a quota's worth of entries).
+_CLAIM = """
+WITH quota AS MATERIALIZED (
+    SELECT q.*, (
+        SELECT count(*) FROM (
+            (SELECT 1 FROM {n} f WHERE f.subscription = q.subscription AND f.state = 'dispatched' LIMIT q.most)
+            UNION ALL
+            (SELECT 1 FROM {n} f WHERE f.subscription = q.subscription AND f.state = 'running' LIMIT q.most)
+        ) flying
+    ) AS in_flight
+    FROM unnest(
+        CAST(:subscriptions AS int[]), CAST(:limits AS int[]), CAST(:leases AS float8[]), CAST(:lease_maxima AS float8[]),
+        CAST(:payloads AS boolean[])
+    ) AS q (subscription, most, lease, lease_max, with_payload)
+), lost AS MATERIALIZED (
+    SELECT l.id FROM quota q CROSS JOIN (VALUES ('dispatched'), ('running')) AS flying (state) CROSS JOIN LATERAL (
+        SELECT c.id FROM {n} c
+        WHERE c.subscription = q.subscription AND c.state = flying.state AND c.available_at <= now()
+        ORDER BY c.available_at, c.id LIMIT least(q.most, :batch_size) FOR UPDATE SKIP LOCKED
+    ) l LIMIT :batch_size
+), fresh AS MATERIALIZED (
+    SELECT w.id FROM quota q CROSS JOIN LATERAL (
+        SELECT c.id FROM {n} c
+        WHERE c.subscription = q.subscription AND c.state = 'waiting' AND c.available_at <= now()
+        ORDER BY c.available_at, c.id LIMIT greatest(0, least(q.most - q.in_flight, :batch_size)) FOR UPDATE SKIP LOCKED
+    ) w LIMIT :batch_size
+), claimed AS (
+    UPDATE {n} n SET
+        state = CASE WHEN n.starts >= :max_starts THEN 'failed' ELSE 'dispatched' END,
+        owner = NULL,
+        dispatches = n.dispatches + 1,
+        available_at = CASE WHEN n.starts >= :max_starts THEN NULL
+            ELSE now() + make_interval(secs => least(q.lease * power(2, least(n.dispatches, 30)), q.lease_max)) END,
+        failed_at = CASE WHEN n.starts >= :max_starts THEN now() END,
+        error = CASE WHEN n.starts >= :max_starts THEN
+            'started ' || n.starts || ' times and never finished: its worker was lost each time (killed, out of memory, or power)'
+        END
+    FROM quota q
+    WHERE n.id = ANY (ARRAY(SELECT id FROM lost UNION ALL SELECT id FROM fresh)) AND q.subscription = n.subscription
+    RETURNING n.id, n.subscription, n.state, n.dispatches, n.retries, n.operation, n.created_at,
+        CASE WHEN q.with_payload THEN n.payload END AS payload, CASE WHEN q.with_payload THEN n.context END AS context
+)
+SELECT c.*, EXISTS (SELECT 1 FROM lost WHERE lost.id = c.id)::int AS was_lost, NULL::bigint AS in_flight FROM claimed c
+UNION ALL
+SELECT NULL, q.subscription, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, q.in_flight FROM quota q
+"""
+
+_NEXT_DUE = """
+SELECT extract(epoch FROM min(d.available_at) - clock_timestamp())
+FROM unnest(CAST(:subscriptions AS int[])) AS q (subscription)
+CROSS JOIN (VALUES ('waiting'), ('dispatched'), ('running')) AS live (state)
+CROSS JOIN LATERAL (
+    SELECT c.available_at FROM {n} c WHERE c.subscription = q.subscription AND c.state = live.state
+    ORDER BY c.available_at, c.id LIMIT 1
+) d
+"""
+
+_ADOPT = """
+UPDATE {n} n SET subscription = f.id
+FROM (
+    SELECT DISTINCT ON (name) s.id, names.name, s.operations
+    FROM {s} s CROSS JOIN LATERAL unnest(s.channel || s.channel_aliases) AS names (name)
+    WHERE s.id = ANY (CAST(:subscriptions AS int[])) ORDER BY name, s.id
+) f
+WHERE n.subscription IS NULL AND n.channel = f.name AND n.operation = ANY (f.operations)
+"""
+
+_HOLD = """
+UPDATE {n} n SET state = 'held'
+WHERE n.subscription = ANY (CAST(:subscriptions AS int[])) AND n.state = 'waiting' AND n.dispatches = 0 AND n.retries = 0
+    AND n.available_at <= now()
+"""
+
+# A recovered failed row keeps dispatches above zero, so that it travels alone.
+_RECOVER = """
+UPDATE {n} n SET state = 'waiting', available_at = now(), starts = 0, retries = 0, failed_at = NULL, error = NULL,
+    traceback = NULL, owner = NULL, dispatches = CASE WHEN n.state = 'failed' THEN 1 ELSE 0 END
+WHERE n.id = ANY (ARRAY(
+    SELECT c.id FROM {n} c
+    WHERE c.subscription = ANY (CAST(:subscriptions AS int[])) AND c.state = ANY (CAST(:states AS text[]))
+    ORDER BY c.id LIMIT :batch_size FOR UPDATE SKIP LOCKED
+))
+"""
+
+_UNPUBLISHED = """
+UPDATE {n} n SET state = 'waiting', available_at = now() + make_interval(secs => :delay), dispatches = n.dispatches - 1
+FROM unnest(CAST(:ids AS bigint[]), CAST(:dispatches AS int[])) AS c (id, dispatches)
+WHERE n.id = c.id AND n.state = 'dispatched' AND n.dispatches = c.dispatches
+"""
+
+_DELETE_PUBLISHED = """
+DELETE FROM {n} n USING unnest(CAST(:ids AS bigint[]), CAST(:dispatches AS int[])) AS c (id, dispatches)
+WHERE n.id = c.id AND n.state = 'dispatched' AND n.dispatches = c.dispatches
+"""
+
+_COUNT_START = """
+UPDATE {n} n SET starts = n.starts + 1
+WHERE n.id = ANY (ARRAY(
+    SELECT c.id FROM {n} c WHERE c.id = ANY (CAST(:ids AS bigint[])) AND c.state = 'dispatched'
+        AND c.dispatches = :dispatches FOR UPDATE SKIP LOCKED
+))
+RETURNING n.id
+"""
+
+_TAKE_LOCKED = """
+SELECT {taken}, pg_current_xact_id()::text AS transaction FROM {n} n
+WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'dispatched' AND n.dispatches = :dispatches
+ORDER BY n.id FOR UPDATE SKIP LOCKED
+"""
+
+_ACKNOWLEDGE_LOCKED = """
+DELETE FROM {n} n WHERE n.id = ANY (CAST(:ids AS bigint[])) AND pg_current_xact_id()::text = :transaction
+"""
+
+_TAKE_OWNED = """
+UPDATE {n} n SET state = 'running', owner = CAST(:owner AS uuid), starts = n.starts + 1,
+    available_at = now() + make_interval(secs => :lease)
+WHERE n.id = ANY (ARRAY(
+    SELECT c.id FROM {n} c WHERE c.id = ANY (CAST(:ids AS bigint[])) AND c.state = 'dispatched'
+        AND c.dispatches = :dispatches FOR UPDATE SKIP LOCKED
+))
+RETURNING {taken}
+"""
+
+_ACKNOWLEDGE_OWNED = """
+DELETE FROM {n} n WHERE n.id = :id AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
+"""
+
+_IS_OWNED = """
+SELECT 1 FROM {n} n WHERE n.id = :id AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
+"""
+
+# Skips rows that an open `acknowledge(session)` has locked: waiting for one would starve the others' leases.
+_RENEW = """
+UPDATE {n} n SET available_at = now() + make_interval(secs => r.lease)
+FROM unnest(CAST(:ids AS bigint[]), CAST(:owners AS uuid[]), CAST(:leases AS float8[])) AS r (id, owner, lease)
+WHERE n.id = r.id AND n.state = 'running' AND n.owner = r.owner AND n.id = ANY (ARRAY(
+    SELECT c.id FROM {n} c WHERE c.id = ANY (CAST(:ids AS bigint[])) FOR UPDATE SKIP LOCKED
+))
+RETURNING n.id
+"""
+
+# What a worker may change is what it took: under its owner token, or dispatched under its message's count.
+_MINE = """(
+    (CAST(:owner AS uuid) IS NOT NULL AND n.state = 'running' AND n.owner = CAST(:owner AS uuid))
+    OR (CAST(:owner AS uuid) IS NULL AND n.state = 'dispatched' AND n.dispatches = :dispatches)
+)"""
+
+_RETRY = (
+    """
+UPDATE {n} n SET state = 'waiting', owner = NULL, retries = :retries, dispatches = 0, starts = 0,
+    available_at = coalesce(CAST(:eta AS timestamptz), clock_timestamp() + make_interval(secs => :countdown))
+WHERE n.id = :id AND """
+    + _MINE
+)
+
+_FAIL = (
+    """
+UPDATE {n} n SET state = 'failed', owner = NULL, available_at = NULL, failed_at = clock_timestamp(), error = :error,
+    traceback = :traceback, task_id = :task_id
+WHERE n.id = ANY (CAST(:ids AS bigint[])) AND """
+    + _MINE
+    + " RETURNING n.id"
+)
+
+_RELEASE = """
+UPDATE {n} n SET state = 'waiting', available_at = now() + make_interval(secs => :delay), starts = greatest(0, n.starts - :started)
+WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'dispatched' AND n.dispatches = :dispatches
+RETURNING n.id
+"""
+
+_RELEASE_OWNED = """
+UPDATE {n} n SET state = 'waiting', owner = NULL, available_at = now() + make_interval(secs => :delay),
+    starts = greatest(0, n.starts - :started)
+WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
+RETURNING n.id
+"""

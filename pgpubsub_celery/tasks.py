@@ -1,0 +1,243 @@
+"""`@channel_task`: a function becomes the listener of a channel, and a normal Celery task.
+
+Owns the decorator, the reference's decorator names, and the task class. What happens when a bridge's message
+reaches a worker is `delivery`'s; a task called directly, by `.delay()` or eagerly is Celery's own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar, cast
+
+from celery import Celery, Task, _state
+from celery.local import Proxy
+
+from pgpubsub_celery.channels import Channel, TriggerChannel, check_declared
+from pgpubsub_celery.delivery import current_delivery, deliver, fill_in
+from pgpubsub_celery.errors import ListenerError
+from pgpubsub_celery.listeners import Listener, read_operations, read_parameters, register_listener
+from pgpubsub_celery.messages import KEYWORD
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class ListenerTask(Task):  # type: ignore[misc]  # celery has no types
+    """The Celery task of a listener. Mixed in before the application's own task class."""
+
+    abstract = True
+    listener: Listener
+
+    # The lease is the redelivery, and it beats a broker's visibility timeout: nothing is gained by late acks.
+    acks_late = False
+    reject_on_worker_lost = False
+    ignore_result = True
+    Request = "pgpubsub_celery.requests:ListenerRequest"
+
+    _tracer: Callable[..., Any] | None = None
+
+    @property
+    def __trace__(self) -> Callable[..., Any] | None:
+        """What a worker calls for a message. Celery assigns its tracer; ours stands before it."""
+        return None if self._tracer is None else self._trace
+
+    @__trace__.setter
+    def __trace__(self, tracer: Callable[..., Any] | None) -> None:
+        self._tracer = tracer
+
+    def _trace(self, uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
+        assert self._tracer is not None
+        if isinstance(kwargs, dict) and KEYWORD in kwargs:
+            return deliver(self, self._tracer, uuid, kwargs, request or {})
+        return self._tracer(uuid, args, kwargs, request)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the listener: for a notification inside its delivery, else as any task, with what is missing filled in."""
+        delivery = current_delivery()
+        if delivery is not None and delivery.starting(self):
+            return delivery.run(self._run_user, kwargs)
+        with fill_in(self, args, kwargs) as filled:
+            return super().__call__(*args, **filled)
+
+    def _run_user(self, **kwargs: Any) -> Any:
+        # An application's task class may wrap every call (Flask's application context); Celery's own __call__
+        # would only push a second, empty request.
+        for cls in type(self).__mro__[type(self).__mro__.index(ListenerTask) + 1 :]:
+            if "__call__" in cls.__dict__:
+                return self.run(**kwargs) if cls is Task else cls.__call__(self, **kwargs)
+        return self.run(**kwargs)
+
+    @property
+    def notification(self) -> Any:
+        """The notification that is being handled, or None outside of one."""
+        delivery = current_delivery()
+        return None if delivery is None else delivery.notification
+
+    def signature_from_request(self, request: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Return what `retry()` sends: for a notification a record of the wait, which becomes its row's."""
+        delivery = current_delivery()
+        if delivery is None or (request is not None and request.id != delivery.task_id):
+            return super().signature_from_request(request, *args, **kwargs)
+        return delivery.retry_signature(**kwargs)
+
+    def replace(self, sig: Any) -> Any:
+        """Refused for notifications: the row could not follow the other task. `enqueue` it instead."""
+        if current_delivery() is not None:
+            raise ListenerError(
+                f"{self.name} called replace(): a notification cannot become another task; "
+                "call enqueue(session, signature) in the listener's transaction instead."
+            )
+        return super().replace(sig)
+
+
+def channel_task(
+    channel: type[Channel],
+    *,
+    on: str | Iterable[str] | None = None,
+    changed: Iterable[str] | str = (),
+    condition: Any = None,
+    filter: Any = None,
+    bundle: int | None = None,
+    aliases: Iterable[str] = (),
+    app: Celery | None = None,
+    **celery_task_options: Any,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make the decorated function a listener of `channel` and a Celery task.
+
+    The function declares any of the channel's fields, and `session`, `context`, `notification`, by name. With
+    `session` it runs inside the transaction that acknowledges its notification; without, no transaction is open.
+
+    Args:
+        channel: a `Channel` or `TriggerChannel` class.
+        on: for trigger channels: "insert", "update", "delete", "truncate", "save", or several.
+        changed: for updates: only when one of these columns really changed.
+        condition: SQL over `old` and `new` (text or an SQLAlchemy expression) that a change must meet.
+        filter: a condition that a stored notification must meet to be claimed for this listener.
+        bundle: notifications in one message, at most; None lets the bridge choose.
+        aliases: names that the task had in earlier releases.
+        app: the application to bind the task to; default: shared by all, as `shared_task`.
+        **celery_task_options: as for `app.task`: bind, name, queue, autoretry_for, max_retries, time_limit, …
+
+    Raises:
+        ListenerError: at import, when the declaration cannot work.
+    """
+    _check_channel(channel)
+    _check_options(celery_task_options)
+    if isinstance(changed, str):
+        changed = (changed,)
+    if isinstance(aliases, str):
+        aliases = (aliases,)
+    if bundle is not None and (isinstance(bundle, bool) or not isinstance(bundle, int) or bundle < 1):
+        raise ListenerError(f"bundle={bundle!r}: expected a whole number of at least 1, or None.")
+    operations = read_operations(channel, on)
+    if (tuple(changed) or condition is not None) and not issubclass(channel, TriggerChannel):
+        raise ListenerError(f"changed= and condition= are for trigger channels; {channel.name()} is not one.")
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        if isinstance(function, (Proxy, Task)):
+            raise ListenerError(
+                f"{function.name} is a Celery task already: apply @channel_task to the plain function, once; "
+                "for a second channel, write a second function that calls the first."
+            )
+        fields, injected = read_parameters(function, channel, bound=bool(celery_task_options.get("bind")))
+        options = dict(celery_task_options)
+        options["name"] = options.get("name") or _task_name(function, app)
+        listener = Listener(
+            name=options["name"],
+            channel=channel,
+            operations=operations,
+            fields=fields,
+            injected=injected,
+            changed=tuple(changed),
+            condition=condition,
+            filter=filter,
+            aliases=tuple(aliases),
+            bundle=bundle,
+        )
+        register_listener(listener)
+        return cast("Callable[P, R]", _make_task(function, listener, app, options))
+
+    return decorate
+
+
+def _task_name(function: Callable[..., Any], app: Celery | None) -> str:
+    # Celery names the tasks of a __main__ module after the application.
+    application = app or _state.get_current_app()
+    return str(application.gen_task_name(function.__name__, function.__module__))
+
+
+def _make_task(function: Callable[..., Any], listener: Listener, app: Celery | None, options: dict[str, Any]) -> Any:
+    def create(application: Celery) -> Any:
+        base = options.get("base") or application.Task
+        defaults = dict(application.conf.get("pgpubsub_task_options") or {})
+        task = application._task_from_fun(
+            function,
+            **{**defaults, **options, "base": type(base.__name__, (ListenerTask, base), {"abstract": True})},
+        )
+        task.listener = listener
+        task.__header__ = _optional_injected(task.__header__, listener)
+        for alias in listener.aliases:
+            application.tasks.setdefault(alias, task)
+        return task
+
+    if app is not None:
+        return create(app)
+    # As celery.shared_task: every application, finalized already or later, gets a copy of its own.
+    _state.connect_on_app_finalize(create)
+    for application in list(_state._get_active_apps()):
+        if application.finalized:
+            create(application)
+    return Proxy(lambda: _state.get_current_app().tasks[listener.name])
+
+
+def _optional_injected(header: Callable[..., Any], listener: Listener) -> Callable[..., Any]:
+    """Let `.delay()` leave out what the worker fills in, and accept a bridge's message."""
+
+    def check(*args: Any, **kwargs: Any) -> Any:
+        if KEYWORD in kwargs:
+            return None
+        return header(*args, **{**dict.fromkeys(listener.injected - kwargs.keys()), **kwargs})
+
+    return check
+
+
+def _check_channel(channel: Any) -> None:
+    if not (isinstance(channel, type) and issubclass(channel, Channel)):
+        raise ListenerError(f"@channel_task needs a channel class, got {channel!r}: write @channel_task(YourChannel).")
+    check_declared(channel)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    if options.get("acks_late"):
+        raise ListenerError("acks_late=True has no use on a listener: its notification's lease redelivers it; leave it out.")
+    if "batch" in options:
+        raise ListenerError("batch= is not supported by this release: use bundle= to send many notifications in one message.")
+    if options.get("pydantic"):
+        raise ListenerError("pydantic=True has no use on a listener: its channel's fields are typed; leave it out.")
+
+
+def listener(channel: type[Channel], **options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """The reference's name for the listener of a message channel: reads as `channel_task(channel)`."""
+    return channel_task(channel, **options)
+
+
+def _reading(on: str, when: str) -> Callable[..., Callable[[Callable[P, R]], Callable[P, R]]]:
+    def decorator(channel: type[Channel], **options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        return channel_task(channel, on=on, **options)
+
+    decorator.__name__ = decorator.__qualname__ = f"{when}_{on}_listener"
+    decorator.__doc__ = f"""The reference's name for `channel_task(channel, on={on!r})`. Listeners run after the commit."""
+    return decorator
+
+
+post_save_listener = _reading("save", "post")
+post_insert_listener = _reading("insert", "post")
+post_update_listener = _reading("update", "post")
+post_delete_listener = _reading("delete", "post")
+pre_save_listener = _reading("save", "pre")
+pre_insert_listener = _reading("insert", "pre")
+pre_update_listener = _reading("update", "pre")
+pre_delete_listener = _reading("delete", "pre")

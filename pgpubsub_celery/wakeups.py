@@ -1,0 +1,229 @@
+"""Waking and sleeping: LISTEN, the door lock, and waiting for whichever comes first.
+
+Owns the bridge's connections to Postgres and the advisory locks that writers, bridges and workers meet at
+(presence, keeper, door). Never reads or changes a notification.
+
+The doorbell in short: a commit with a pending NOTIFY takes a lock that serialises all such commits of the server,
+so writers ring only when they must. A writer tries the channel's door lock, shared, until its transaction ends. While
+the bridge is awake nobody holds it: granted, silent. To fall asleep the bridge takes the door exclusively, which it
+gets only when no registered writer is left, looks once more, and holds it while asleep: writers are refused, and ring.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import select
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.engine import URL
+from sqlalchemy.pool import NullPool
+
+from pgpubsub_celery.errors import NotInstalledError, ReadOnlyDatabaseError
+from pgpubsub_celery.schema import Names, quote_identifier
+
+logger = logging.getLogger(__name__)
+
+# A dead peer is noticed after about half a minute; unacknowledged data is given up after the same time.
+CONNECT_ARGUMENTS = {
+    "connect_timeout": 10,
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+
+
+def bridge_engine(url: URL) -> Engine:
+    """Return an engine for the bridge: autocommit always, no pool, dead peers noticed."""
+    return create_engine(
+        url,
+        poolclass=NullPool,
+        isolation_level="AUTOCOMMIT",
+        connect_args={**CONNECT_ARGUMENTS, "application_name": "pgpubsub-bridge"},
+    )
+
+
+class Stopping(Protocol):
+    """What tells the bridge to stop: an event that select() can wait for."""
+
+    def is_set(self) -> bool: ...
+
+    def fileno(self) -> int: ...
+
+
+class Link:
+    """The two connections of one bridge: one listens and holds presence, the other claims and holds the doors.
+
+    Both live and die together. Losing either loses its locks; the bridge then closes both, reconnects and starts
+    awake, which is always safe.
+    """
+
+    def __init__(self, engine: Engine, listen_engine: Engine, schema: str) -> None:
+        self.names = Names(schema)
+        self.claims: Connection = engine.connect()
+        try:
+            self._listens: Connection = listen_engine.connect()
+        except BaseException:
+            self.claims.close()
+            raise
+        self._kept: set[str] = set()
+        self._closed: set[str] = set()
+
+    def close(self) -> None:
+        """Close both connections, whatever state they are in."""
+        for connection in (self._listens, self.claims):
+            connection.invalidate()
+            connection.close()
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def require_primary(self) -> None:
+        """Raise ReadOnlyDatabaseError on a replica, which cannot LISTEN or claim."""
+        if self.claims.execute(text("SELECT pg_is_in_recovery()")).scalar():
+            raise ReadOnlyDatabaseError(
+                "The database is a read-only replica (pg_is_in_recovery): point database_url at the primary."
+            )
+
+    def require_installed(self, version: int) -> Any:
+        """Return the installation's id; NotInstalledError names the command to run."""
+        if self.claims.execute(text("SELECT to_regclass(:table)"), {"table": self.names.installation}).scalar() is None:
+            raise NotInstalledError(
+                f"The database has no table {self.names.installation}: run `pgpubsub-bridge -A your.app install`."
+            )
+        row = self.claims.execute(text(f"SELECT id, version FROM {self.names.installation}")).first()
+        if row is None or row.version < version:
+            raise NotInstalledError(
+                f"The database has version {row.version if row else 0} of the schema, this release needs {version}: "
+                "run `pgpubsub-bridge -A your.app install`."
+            )
+        return row.id
+
+    # LISTEN
+
+    def listen(self, listen_names: Sequence[str]) -> None:
+        """LISTEN to the channels; autocommit, so it holds from now on."""
+        for name in listen_names:
+            self._listens.execute(text(f"LISTEN {quote_identifier(name)}"))
+
+    def wait(self, seconds: float, stopping: Stopping) -> None:
+        """Return when a NOTIFY has come, a stop is asked for, the connection breaks, or after `seconds`."""
+        connection: Any = self._listens.connection.driver_connection
+        if connection.notifies:
+            return
+        # A lost connection makes the socket readable; poll() then raises OperationalError.
+        select.select([connection.fileno(), stopping.fileno()], [], [], max(0.0, seconds))
+        connection.poll()
+
+    def rung(self) -> list[Any]:
+        """Return the notifies that have come, as psycopg2's Notify."""
+        connection: Any = self._listens.connection.driver_connection
+        connection.poll()
+        notifies = list(connection.notifies)
+        connection.notifies.clear()
+        return notifies
+
+    def ring(self, listen_names: Sequence[str]) -> None:
+        """Ring other bridges."""
+        for name in listen_names:
+            self.claims.execute(text("SELECT pg_notify(:name, '')"), {"name": name})
+
+    # Presence: who is alive for a channel
+
+    def first_alive(self, channel: str) -> bool:
+        """Whether no other bridge is alive for the channel; if so, others wait until `announce`."""
+        return bool(self._locks("pg_try_advisory_lock", "presence", [channel])[channel])
+
+    def announce(self, channel: str, *, first: bool) -> None:
+        """Hold the channel's presence, shared, for as long as this link lives."""
+        self._locks("pg_advisory_lock_shared", "presence", [channel])
+        if first:
+            self._locks("pg_advisory_unlock", "presence", [channel])
+
+    # Keeper and door
+
+    def keep(self, channels: Sequence[str]) -> set[str]:
+        """Try to become the keeper of the channels that have none; return those that this bridge keeps."""
+        wanted = [channel for channel in channels if channel not in self._kept]
+        if wanted:
+            granted = self._locks("pg_try_advisory_lock", "keeper", wanted)
+            self._kept.update(channel for channel, lock in granted.items() if lock)
+        return self._kept
+
+    @property
+    def asleep(self) -> bool:
+        """Whether every door that this bridge keeps is closed, so that writers ring."""
+        return self._closed >= self._kept
+
+    def close_doors(self) -> bool:
+        """Try to close the doors; whether all are. Never waits: a waiting SELECT would hold a snapshot."""
+        wanted = sorted(self._kept - self._closed)
+        if wanted:
+            granted = self._locks("pg_try_advisory_lock", "door", wanted, on=self.claims)
+            self._closed.update(channel for channel, lock in granted.items() if lock)
+        return self.asleep
+
+    def open_doors(self) -> None:
+        """Let writers register silently again."""
+        if self._closed:
+            self._locks("pg_advisory_unlock", "door", sorted(self._closed), on=self.claims)
+            self._closed.clear()
+
+    def _locks(
+        self, function: str, purpose: str, channels: Sequence[str], *, on: Connection | None = None
+    ) -> dict[str, Any]:
+        rows = (on or self._listens).execute(
+            text(
+                f"SELECT c AS channel, {function}({self.names.prefix}pgpubsub_lock_key(:purpose, c)) AS granted "
+                "FROM unnest(CAST(:channels AS text[])) AS c"
+            ),
+            {"purpose": purpose, "channels": list(channels)},
+        )
+        return {row.channel: row.granted for row in rows}
+
+
+class Assembler:
+    """Puts the chunks of unstored messages together again."""
+
+    MAXIMUM_AGE = 60.0
+    """Seconds that an incomplete message is kept; all its chunks arrive at one commit, so it is never completed."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, tuple[float, dict[int, str]]] = {}
+
+    def add(self, payload: str) -> dict[str, Any] | None:
+        """Take one NOTIFY payload; return the message when it is whole. None for a malformed one, with a warning."""
+        try:
+            id, number, count, body = payload.split(" ", 3)
+            if int(count) == 1:
+                return self._loads(body)
+            now = time.monotonic()
+            _, parts = self._parts.setdefault(id, (now, {}))
+            parts[int(number)] = body
+            if len(parts) < int(count):
+                self._forget(now)
+                return None
+            del self._parts[id]
+            return self._loads("".join(parts[i] for i in range(1, int(count) + 1)))
+        except (ValueError, KeyError):
+            logger.warning("A NOTIFY of %s characters on one of our channels is not one of our messages; ignored", len(payload))
+            return None
+
+    @staticmethod
+    def _loads(body: str) -> dict[str, Any]:
+        message = json.loads(body)
+        if not isinstance(message, dict):
+            raise ValueError("not an object")
+        return message
+
+    def _forget(self, now: float) -> None:
+        for id in [id for id, (since, _) in self._parts.items() if now - since > self.MAXIMUM_AGE]:
+            del self._parts[id]
