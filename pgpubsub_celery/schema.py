@@ -157,7 +157,7 @@ LANGUAGE plpgsql AS $function$
 DECLARE
     body text := message::text;
     id text := pg_catalog.gen_random_uuid()::text;
-    chunks int := pg_catalog.greatest(1, pg_catalog.ceil(pg_catalog.length(body) / 1900.0)::int);
+    chunks int := pg_catalog.ceil(pg_catalog.length(body) / 1900.0)::int;
 BEGIN
     IF pg_catalog.octet_length(body) <= 7900 THEN
         PERFORM pg_catalog.pg_notify(listen_name, id || ' 1 1 ' || body);
