@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import kombu.exceptions
 from celery import Celery
 from kombu import Connection, Producer
 from kombu.exceptions import KombuError
@@ -20,6 +21,10 @@ from kombu.exceptions import OperationalError as KombuOperationalError
 from pgpubsub_celery.errors import BrokerError
 
 logger = logging.getLogger(__name__)
+
+_OUTAGES: tuple[type[BaseException], ...] = (OSError, KombuOperationalError)
+if hasattr(kombu.exceptions, "BatchPublishError"):  # kombu 5.7
+    _OUTAGES += (kombu.exceptions.BatchPublishError,)
 
 Publication = Callable[[Celery, Producer], None]
 """Publishes one message with the given producer."""
@@ -34,6 +39,8 @@ class Broker:
         self._timeout = timeout
         self._connection: Connection | None = None
         self._producer: Producer | None = None
+        # Remembered beyond the connection, which is dropped before anybody asks what its error meant.
+        self._outage_errors: tuple[type[BaseException], ...] = _OUTAGES
 
     @staticmethod
     def check(app: Celery) -> None:
@@ -66,13 +73,13 @@ class Broker:
                 for position, publication in enumerate(publications):
                     try:
                         publication(self._app, producer)
-                    except self.outage_errors():
+                    except self._outage_errors:
                         raise
                     except Exception as exc:
                         outcomes[position] = exc
         except Exception as exc:
             self.close()
-            if not isinstance(exc, self.outage_errors()):
+            if not self.is_outage(exc):
                 logger.exception("Publishing failed in an unexpected way")
             # A pipeline's failure leaves all its messages unknown; without one, those before were confirmed singly.
             first = 0 if pipelined else position
@@ -88,11 +95,9 @@ class Broker:
             return exc
         return None
 
-    def outage_errors(self) -> tuple[type[BaseException], ...]:
-        """Return the errors that mean the broker, not the message: connection lost, refused, full, too slow."""
-        connection = self._connection
-        own = () if connection is None else (*connection.connection_errors, *connection.channel_errors)
-        return (OSError, KombuOperationalError, *own)
+    def is_outage(self, error: BaseException) -> bool:
+        """Whether `error` is the broker's, not the message's: connection lost, refused, full, too slow."""
+        return isinstance(error, self._outage_errors)
 
     def close(self) -> None:
         """Drop the connection; the next publish makes a new one."""
@@ -123,6 +128,9 @@ class Broker:
                 connect_timeout=self._timeout, transport_options=self._transport_options()
             )
             self._connection = connection
+            errors = (*connection.connection_errors, *connection.channel_errors)
+            # Kombu's Redis transport counts KeyError too, which here would be a message that cannot be built.
+            self._outage_errors = (*_OUTAGES, *(error for error in errors if error is not KeyError))
             connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0, timeout=self._timeout)
             self._producer = self._app.amqp.Producer(connection, auto_declare=False)
         return self._producer
@@ -130,5 +138,4 @@ class Broker:
 
 def _pipelines(producer: Producer) -> bool:
     """Whether what is published within `producer.batch()` goes out as one (kombu 5.7 on Redis)."""
-    channel = producer.channel
-    return hasattr(producer, "batch") and hasattr(channel, "create_publish_batch") and channel.supports_batch_publish
+    return bool(getattr(producer, "supports_batch_publish", False))

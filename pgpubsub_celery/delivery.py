@@ -3,9 +3,9 @@
 Owns the life of a message from the moment Celery's pool hands it over: its rows are taken, each notification is run
 through Celery's own tracer with its own request, and what became of it is written where it must be:
 
-* `LockedDelivery`, listeners with `session`: effect and acknowledgement commit together;
+* `LockedDelivery`, listeners with `session`: effect and acknowledgement commit together (`locked`);
 * `OwnedDelivery`, listeners without: running under an owner token and a heartbeat, no transaction open;
-* `CarriedDelivery`, messages without rows.
+* `CarriedDelivery`, messages without rows: Celery's own guarantees.
 
 Never decides what is published, and never answers to the broker: Celery has done that before.
 """
@@ -13,28 +13,26 @@ Never decides what is published, and never answers to the broker: Celery has don
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import logging
-import threading
-import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery.app.trace import trace_ok_t
-from celery.exceptions import Ignore, Reject, Retry
-from sqlalchemy import Connection, event
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from celery.exceptions import SoftTimeLimitExceeded
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from pgpubsub_celery import runs
 from pgpubsub_celery.channels import TriggerChannel
-from pgpubsub_celery.errors import DecodeError, LeaseLostError, ListenerError, PgPubSubError, TransactionEndedError
+from pgpubsub_celery.errors import DecodeError, LeaseLostError, PgPubSubError, TransactionEndedError
 from pgpubsub_celery.listeners import Listener
-from pgpubsub_celery.messages import Envelope, notification_task_id
+from pgpubsub_celery.messages import KEYWORD, Envelope, notification_task_id
 from pgpubsub_celery.payload import decode_message
-from pgpubsub_celery.rows import decode_notification_rows
+from pgpubsub_celery.rows import decode_rows
+from pgpubsub_celery.runs import DONE, FAILED, RELEASED, RETRY, Run
 from pgpubsub_celery.runtime import Runtime
 from pgpubsub_celery.store import Taken
 
@@ -43,148 +41,63 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SAVEPOINTS = 60
-"""Notifications in one transaction: above 64 the subtransaction cache overflows, for the whole server."""
-
-SLOW_BUNDLE = 10
-"""Times `bundle_target` after which a bundle is cut short and its rest given back."""
-
-# SQLSTATEs that say nothing about the listener: the same run can succeed a moment later.
-_TRANSIENT = {"40001", "40P01", "55P03"}
+RELEASE_DELAY_MAX = 60.0
+"""Seconds that a row given back again and again waits at most before it is published once more."""
 
 Tracer = Callable[..., Any]
+T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NotificationInfo:
-    """What a listener can know of the notification it handles."""
-
-    id: int | None
-    """None for messages that are not stored."""
-    channel: str
-    listener: str
-    operation: str
-    created_at: datetime.datetime
-    """When its transaction began; time zone aware."""
-    retries: int
-    context: Mapping[str, Any]
-    db_version: str | None = None
-    _run: Run | None = dataclasses.field(default=None, repr=False, compare=False)
-
-    def acknowledge(self, session: Session) -> None:
-        """Acknowledge in `session`'s transaction: its commit makes result and acknowledgement one.
-
-        For listeners without `session` that do slow work first. Never commits; the listener does, before it returns.
-
-        Raises:
-            LeaseLostError: the notification was given to another worker meanwhile; roll back.
-            ListenerError: the notification is not stored, or its listener has a `session` of its own.
-        """
-        if self._run is None:
-            raise ListenerError("This notification is not being handled by a worker: there is nothing to acknowledge.")
-        self._run.acknowledge_in(session)
+def deliver(
+    task: ListenerTask, tracer: Tracer, uuid: str, kwargs: Mapping[str, Any], request: Mapping[str, Any]
+) -> Any:
+    """Handle a bridge's message; return what Celery's tracer returns for a task."""
+    try:
+        envelope = Envelope.from_kwargs(kwargs)
+        assert envelope is not None
+        delivery = _delivery(task, tracer, uuid, request, envelope)
+        return delivery.deliver()
+    except PgPubSubError as exc:
+        # Whatever cannot even be begun is a failure that Celery shows; a row that it speaks for is left to its lease.
+        return _refused(task, tracer, uuid, request, exc)
+    except DBAPIError as exc:
+        logger.warning("Taking the notifications of message %s failed; their lease gives them back: %s", uuid, exc.orig)
+        return trace_ok_t(None, None, 0.0, "not taken: the database is unavailable")
 
 
-class Run:
-    """One notification on its way through its listener: the request it is, and what became of it."""
+def _delivery(
+    task: ListenerTask, tracer: Tracer, uuid: str, request: Mapping[str, Any], envelope: Envelope
+) -> Delivery:
+    from pgpubsub_celery.locked import LockedDelivery
 
-    def __init__(self, delivery: Delivery, taken: Taken, task_id: str) -> None:
-        self.delivery = delivery
-        self.taken = taken
-        self.task_id = task_id
-        self.outcome = "pending"
-        """pending, done, retry, failed, or released."""
-        self.error: BaseException | None = None
-        self.error_text: str | None = None
-        self.retry_at: dict[str, Any] = {}
-        self.begun = False
-        listener = delivery.listener
-        self.notification = NotificationInfo(
-            id=taken.id or None,
-            channel=taken.channel,
-            listener=listener.name,
-            operation=taken.operation,
-            created_at=taken.created_at,
-            retries=taken.retries,
-            context=dict(taken.context or {}),
-            db_version=taken.db_version,
-            _run=self,
-        )
-
-    def starting(self, task: ListenerTask) -> bool:
-        """Whether this call of the task is the notification's, not one that its listener makes."""
-        return not self.begun and task is self.delivery.task
-
-    def run(self, call: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        """Run the listener and note what became of it; what it raised goes on to Celery's tracer."""
-        self.begun = True
-        try:
-            result = self.invoke(call, kwargs)
-        except Retry as exc:
-            self._settle("retry" if self.retry_at else "failed", exc)
-            raise
-        except Reject as exc:
-            self._settle("released" if exc.requeue else "failed", exc)
-            raise
-        except Ignore:
-            self._settle("done")
-            raise
-        except Exception as exc:
-            if not self.transient(exc):
-                self._settle("failed", exc)
-                raise
-            self._settle("released", exc)
-            logger.info("Notification %s was given back: %s", self.taken.id, _one_line(exc))
-            raise Ignore(f"given back: {_one_line(exc)}") from exc
-        self._settle("retry" if self.retry_at else "done")
-        return result
-
-    def invoke(self, call: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        """Call the listener with what it is to be given besides its fields."""
-        return call(**kwargs, **self.injected())
-
-    def injected(self) -> dict[str, Any]:
-        wanted = self.delivery.listener.injected
-        known = {"context": self.notification.context, "notification": self.notification}
-        return {name: value for name, value in known.items() if name in wanted}
-
-    def retry_signature(self, **options: Any) -> Any:
-        """Return what `Task.retry` sends: here, a record of when the row is due again."""
-        return _RetryRecord(self, options)
-
-    def transient(self, exc: Exception) -> bool:
-        """Whether `exc` is the circumstances' failure rather than the listener's."""
-        return False
-
-    def acknowledge_in(self, session: Session) -> None:
-        raise ListenerError(
-            "notification.acknowledge(session) is for stored notifications of listeners without a `session` parameter: "
-            "this one is acknowledged without it."
-        )
-
-    def _settle(self, outcome: str, error: BaseException | None = None) -> None:
-        self.outcome = outcome
-        self.error = error
-        if error is not None:
-            # Rendered now: the tracer clears the frames. No locals, and no statement parameters.
-            self.error_text = _traceback(error)
+    kind: type[Delivery]
+    if envelope.carried:
+        kind = CarriedDelivery
+    elif task.listener.wants_session:
+        kind = LockedDelivery
+    else:
+        kind = OwnedDelivery
+    return kind(task, tracer, uuid, request, envelope)
 
 
-class _RetryRecord:
-    """Stands where Celery would send the retry's message."""
-
-    def __init__(self, run: Run, options: dict[str, Any]) -> None:
-        self._run = run
-        self._options = options
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-
-    def apply_async(self) -> None:
-        self._run.retry_at = {
-            "retries": self._options["retries"],
-            "countdown": self._options.get("countdown"),
-            "eta": self._options.get("eta"),
-        }
+def _refused(task: ListenerTask, tracer: Tracer, uuid: str, request: Mapping[str, Any], error: Exception) -> Any:
+    taken = Taken(
+        id=0,
+        channel=task.listener.channel.name(),
+        subscription=0,
+        operation="",
+        payload=None,
+        context=None,
+        created_at=datetime.datetime.now(datetime.timezone.utc),
+        db_version=None,
+        dispatches=0,
+        starts=0,
+        retries=0,
+    )
+    run = Run(task, taken, uuid, lambda call, kwargs: None)
+    run.undecodable = error
+    with runs.entered(run):
+        return tracer(uuid, (), {}, {**request, "id": uuid})
 
 
 class Delivery:
@@ -201,187 +114,338 @@ class Delivery:
         self.envelope = envelope
         self.runtime = Runtime.of(task.app)
         self.store = self.runtime.store
-        self.finished = 0
-        self.single = len(envelope.ids) + len(envelope.carried) == 1
-        self.trace_result: Any = None
+        self.single = len(envelope.ids or envelope.carried) == 1
+        self._trace_result: Any = None
+        self._outcomes: dict[str, int] = {}
 
-    def deliver(self) -> None:
-        """Take what the message tells of, run each, and settle each."""
+    def deliver(self) -> Any:
+        """Take what the message tells of, run each, settle each; return what Celery's tracer returns."""
+        if not self.envelope.carried:
+            self._check_installation()
+        self._run_all()
+        if self.single and self._trace_result is not None:
+            return self._trace_result
+        told = ", ".join(f"{count} {outcome}" for outcome, count in self._outcomes.items())
+        return trace_ok_t(None, None, 0.0, told or "dropped: gone, taken or published again since")
+
+    def _run_all(self) -> None:
         raise NotImplementedError
 
-    def decode(self, taken: Taken, connection: Connection) -> dict[str, Any]:
-        """Return the listener's arguments; DecodeError when the payload cannot be read."""
-        channel = self.listener.channel
-        if issubclass(channel, TriggerChannel):
-            old, new = decode_notification_rows(channel, taken.payload, connection, taken.db_version)
-            known = {"old": old, "new": new}
-        else:
-            message = decode_message(channel, taken.payload)
-            known = {name: getattr(message, name) for name in self.listener.fields}
-        return {name: known[name] for name in self.listener.fields if name in known}
+    def begin(self, step: Callable[[], T]) -> T:
+        """Do the first step with Postgres, once more where a pooled connection turned out to be dead.
 
-    def trace(self, run: Run, kwargs: dict[str, Any] | None, undecodable: Exception | None = None) -> None:
+        Nothing has run by then: a connection lost later does not come out of `step`.
+        """
+        try:
+            return step()
+        except DBAPIError as exc:
+            if not exc.connection_invalidated:
+                raise
+        return step()
+
+    def _check_installation(self) -> None:
+        """Refuse a message of another database than this worker's."""
+        ours = self.begin(self.runtime.installation)
+        if ours != self.envelope.installation:
+            raise PgPubSubError(
+                f"Message {self.uuid} is of the installation {self.envelope.installation}, this worker's database has "
+                f"{ours}: bridge and worker use different databases but the same queue. Check PGPUBSUB_DATABASE_URL."
+            )
+
+    def decode(self, rows: Sequence[Taken], connection: Connection) -> list[dict[str, Any] | DecodeError]:
+        """Return the listener's arguments for each row, or why they cannot be read."""
+        channel, fields = self.listener.channel, self.listener.fields
+        if issubclass(channel, TriggerChannel):
+            decoded = decode_rows(channel, [row.payload for row in rows], connection)
+            return [
+                one
+                if isinstance(one, DecodeError)
+                else {name: value for name, value in zip(("old", "new"), one, strict=True) if name in fields}
+                for one in decoded
+            ]
+        return [self._decode_message(row) for row in rows]
+
+    def _decode_message(self, row: Taken) -> dict[str, Any] | DecodeError:
+        try:
+            message = decode_message(self.listener.channel, row.payload)
+        except DecodeError as exc:
+            return exc
+        return {name: getattr(message, name) for name in self.listener.fields}
+
+    def trace(self, run: Run, arguments: dict[str, Any] | DecodeError) -> None:
         """Run one notification through Celery's tracer, with a request of its own."""
+        if isinstance(arguments, DecodeError):
+            run.undecodable, arguments = arguments, {}
         request = {
             **self.request,
             "id": run.task_id,
-            "root_id": run.task_id,
-            "parent_id": None,
             "retries": run.taken.retries,
             "argsrepr": "()",
-            "kwargsrepr": f"<notification {run.taken.id} of {run.taken.channel}>",
+            "kwargsrepr": describe(run.taken),
             "is_eager": False,
         }
-        if undecodable is not None:
-            run.undecodable = undecodable  # type: ignore[attr-defined]
-        _runs.stack.append(run)
-        try:
-            result = self.tracer(run.task_id, (), kwargs or {}, request)
-        finally:
-            _runs.stack.pop()
+        if not self.single:
+            request |= {"root_id": run.task_id, "parent_id": None, "shadow": None}
+        # What an earlier run of a bundle asked for with retry(max_retries=…) is not this one's.
+        self.task.__dict__.pop("override_max_retries", None)
+        with runs.entered(run):
+            result = self.tracer(run.task_id, (), arguments, request)
+        if run.outcome == runs.PENDING:
+            # before_start, or a signal's receiver, ended it before the listener was called.
+            state = None if result.info is None else result.info.state
+            run.outcome = RETRY if run.retry_options is not None else DONE if state in (None, "IGNORED") else FAILED
+            run.error = None if result.info is None else result.info.retval
+            run.error_text = getattr(result.retval, "traceback", None)
         if self.single:
-            self.trace_result = result
-        self.finished += run.outcome == "done"
+            self._trace_result = result
 
-    def task_id(self, id: int) -> str:
-        return notification_task_id(self.envelope.installation, id)
+    def count(self, run: Run) -> None:
+        """Count the run's outcome for the message's own result."""
+        self._outcomes[run.outcome] = self._outcomes.get(run.outcome, 0) + 1
 
-    def fail(self, connection: Connection, run: Run, owner: uuid.UUID | None) -> None:
-        """Mark the run's row as failed, with what Celery knows of it."""
-        self.store.fail(
-            connection,
-            [run.taken.id],
-            owner=owner,
-            dispatches=self.envelope.dispatches,
-            error=_one_line(run.error) if run.error is not None else "failed",
-            traceback=run.error_text,
-            task_id=run.task_id,
-        )
+    def task_id(self, row: Taken) -> str:
+        """Return the task id of a row's runs."""
+        return notification_task_id(self.envelope.installation, row.id)
 
-    def retry(self, connection: Connection, run: Run, owner: uuid.UUID | None) -> None:
-        """Make the run's row wait for its retry."""
-        self.store.retry(
+    def wants(self, row: Taken) -> bool:
+        """Whether this release's listener has asked for the row's operation."""
+        return row.operation in self.listener.operations
+
+    def release_delay(self) -> float:
+        """Return the seconds that a row given back waits: none at first, longer when it comes again and again."""
+        times = self.envelope.dispatches - 1
+        return 0.0 if times <= 0 else min(RELEASE_DELAY_MAX, 0.1 * 2.0 ** min(times, 16))
+
+    def write_retry(self, connection: Connection, run: Run, owner: uuid.UUID | None) -> bool:
+        """Make the run's row wait for its retry; False when it is no longer ours."""
+        assert run.retry_options is not None
+        return self.store.retry(
             connection,
             run.taken.id,
-            retries=run.retry_at["retries"],
+            retries=run.retry_options["retries"],
             owner=owner,
             dispatches=self.envelope.dispatches,
-            countdown=run.retry_at["countdown"],
-            eta=_aware(run.retry_at["eta"], self.task.app),
+            countdown=run.retry_options["countdown"],
+            eta=aware(run.retry_options["eta"], self.task.app),
+        )
+
+    def write_failure(self, connection: Connection, run: Run, owner: uuid.UUID | None) -> bool:
+        """Mark the run's row as failed; False when it is no longer ours."""
+        error = "failed" if run.error is None else runs.one_line(run.error)
+        logger.error("Notification %s of %s failed for good: %s", run.taken.id, run.taken.channel, error)
+        return bool(
+            self.store.fail(
+                connection,
+                [run.taken.id],
+                owner=owner,
+                dispatches=self.envelope.dispatches,
+                error=error,
+                traceback=run.error_text,
+                task_id=run.task_id,
+            )
         )
 
 
-class LockedRun(Run):
-    """A run inside the transaction that acknowledges it."""
+class OwnedDelivery(Delivery):
+    """For listeners without `session`: running under an owner token, each acknowledged as it finishes."""
 
-    delivery: LockedDelivery
-
-    def __init__(self, delivery: LockedDelivery, taken: Taken, task_id: str, connection: Connection) -> None:
-        super().__init__(delivery, taken, task_id)
-        self.connection = connection
-        self.committed_inside = False
-        """The listener committed its session: those changes outlive a later failure within the transaction."""
-
-    def invoke(self, call: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        session = self.delivery.runtime.session(self.connection)
-        finishing = False
-
-        def note_commit(_: Session) -> None:
-            self.committed_inside = self.committed_inside or not finishing
-
-        event.listen(session, "before_commit", note_commit)
+    def _run_all(self) -> None:
+        owner = uuid.uuid4()
+        lease = self.listener.channel.lease or self.runtime.settings.lease
+        rows = self.begin(lambda: self._take(owner, lease))
+        # If we die after this, the lease gives the rows back; their starts say that a run began.
+        if not rows:
+            return
+        self.runtime.heartbeat.add([row.id for row in rows], owner, lease)
+        begun = 0
         try:
-            result = call(**kwargs, **self.injected(), session=session)
-            finishing = True
-            session.commit()  # to the savepoint; flushes
-        except BaseException:
-            with contextlib.suppress(Exception):
-                session.rollback()
-            raise
+            arguments = self._decode_all(rows)
+            for row, one in zip(rows, arguments, strict=True):
+                begun += 1
+                if not self._run_one(row, one, owner):
+                    break
         finally:
-            with contextlib.suppress(Exception):
-                session.close()
-        if not self.connection.in_transaction() or self.connection.invalidated:
-            raise TransactionEndedError(_ENDED)
-        if self.delivery.single:
-            self.delivery.commit_single(self)
-        return result
+            for row in rows:
+                self.runtime.heartbeat.remove(row.id)
+            left = [row.id for row in rows[begun:]]
+            if left:
+                self._settle(lambda connection: self._release(connection, left, owner, started=1))
 
-    def transient(self, exc: Exception) -> bool:
-        return isinstance(exc, DBAPIError) and (
-            exc.connection_invalidated or self.connection.invalidated or getattr(exc.orig, "pgcode", None) in _TRANSIENT
+    def _take(self, owner: uuid.UUID, lease: float) -> list[Taken]:
+        with self.runtime.autocommit() as connection:
+            return self.store.take_owned(connection, self.envelope.ids, self.envelope.dispatches, owner, lease)
+
+    def _decode_all(self, rows: Sequence[Taken]) -> list[dict[str, Any] | DecodeError]:
+        if not issubclass(self.listener.channel, TriggerChannel):
+            return [self._decode_message(row) for row in rows]
+        with self.runtime.connect() as connection:
+            return self.decode(rows, connection)
+
+    def _run_one(self, row: Taken, arguments: dict[str, Any] | DecodeError, owner: uuid.UUID) -> bool:
+        """Run one row and settle it; whether the next may follow."""
+        if not self.wants(row):
+            self._settle(lambda connection: self._release(connection, [row.id], owner, started=1))
+            return True
+        acknowledged = _Acknowledged(self, row, owner)
+        run = Run(self.task, row, self.task_id(row), self._invoke)
+        run.acknowledge = acknowledged.acknowledge
+        run.is_transient = lambda exc: not self.single and isinstance(exc, SoftTimeLimitExceeded)
+        self.trace(run, arguments)
+        self.runtime.heartbeat.remove(row.id)
+        self.count(run)
+        self._settle(lambda connection: self._write(connection, run, owner, acknowledged))
+        return not isinstance(run.error, SoftTimeLimitExceeded)
+
+    def _invoke(self, call: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        run = runs.current_run()
+        assert run is not None
+        return call(**kwargs, **run.injected())
+
+    def _write(self, connection: Connection, run: Run, owner: uuid.UUID, acknowledged: _Acknowledged) -> None:
+        if acknowledged.asked:
+            if not self.store.is_owned(connection, run.taken.id, owner):
+                return  # committed by the listener, or lost: then its own commit was refused
+            if run.outcome == DONE:
+                run.outcome = FAILED
+                run.error = TransactionEndedError(
+                    "notification.acknowledge(session) was called, but the session was not committed: commit it before "
+                    "the listener returns."
+                )
+        if run.outcome == DONE:
+            ours = self.store.acknowledge_owned(connection, run.taken.id, owner)
+        elif run.outcome == RETRY:
+            ours = self.write_retry(connection, run, owner)
+            self.runtime.ring(connection, [run.taken.channel])
+        elif run.outcome == FAILED:
+            ours = self.write_failure(connection, run, owner)
+        else:
+            ours = self._release(connection, [run.taken.id], owner, started=1)
+        if not ours:
+            logger.warning(
+                "Notification %s of %s: its lease was lost while it ran (outcome: %s); it was given to another worker",
+                run.taken.id,
+                run.taken.channel,
+                run.outcome,
+            )
+
+    def _release(self, connection: Connection, ids: Sequence[int], owner: uuid.UUID, *, started: int) -> bool:
+        released = self.store.release_owned(connection, ids, owner, started=started, delay=self.release_delay())
+        self.runtime.ring(connection, [self.listener.channel.name()])
+        return bool(released)
+
+    def _settle(self, write: Callable[[Connection], object]) -> None:
+        # If we die before this, the listener has run and the lease gives the row back: it runs again (at least once).
+        for attempt in (1, 2):
+            try:
+                with self.runtime.autocommit() as connection:
+                    write(connection)
+                return
+            except DBAPIError as exc:
+                # The pool may have held a connection that died meanwhile; the second one is new.
+                if attempt == 2 or not exc.connection_invalidated:
+                    logger.warning("Settling a notification failed; its lease gives it back: %s", exc.orig)
+                    return
+
+
+class _Acknowledged:
+    """Whether and how a listener acknowledged its notification itself."""
+
+    def __init__(self, delivery: OwnedDelivery, row: Taken, owner: uuid.UUID) -> None:
+        self._delivery = delivery
+        self._row = row
+        self._owner = owner
+        self.asked = False
+
+    def acknowledge(self, session: Session) -> None:
+        deleted = self._delivery.store.acknowledge_owned(session.connection(), self._row.id, self._owner)
+        if not deleted:
+            raise LeaseLostError(
+                f"Notification {self._row.id} is no longer this worker's: its lease ran out and it was given to another. "
+                "Roll back; the other one does the work."
+            )
+        self.asked = True
+        # The open transaction locks the row: a heartbeat would only skip it.
+        self._delivery.runtime.heartbeat.remove(self._row.id)
+
+
+class CarriedDelivery(Delivery):
+    """For messages without rows: they carry what they tell of, and Celery's own guarantees apply."""
+
+    def _run_all(self) -> None:
+        rows = [self._row(one) for one in self.envelope.carried]
+        if issubclass(self.listener.channel, TriggerChannel):
+            with self.runtime.connect() as connection:
+                arguments = self.decode(rows, connection)
+        else:
+            arguments = [self._decode_message(row) for row in rows]
+        for row, one in zip(rows, arguments, strict=True):
+            run = Run(self.task, row, self.uuid if self.single else str(uuid.uuid4()), self._invoke)
+            run.retry_message = self._retry_message(row)
+            self.trace(run, one)
+            self.count(run)
+
+    def _row(self, carried: Mapping[str, Any]) -> Taken:
+        try:
+            return Taken(
+                id=int(carried.get("id") or 0),
+                channel=self.envelope.channel,
+                subscription=self.envelope.subscription or 0,
+                operation=str(carried["operation"]),
+                payload=carried["payload"],
+                context=carried.get("context"),
+                created_at=datetime.datetime.fromisoformat(str(carried["created_at"])),
+                db_version=carried.get("db_version"),
+                dispatches=self.envelope.dispatches,
+                starts=0,
+                # Retried by Celery, so the message counts.
+                retries=int(self.request.get("retries") or 0) if self.single else 0,
+            )
+        except (KeyError, TypeError, ValueError) as exc:
+            raise DecodeError(f"The message carries a malformed notification ({type(exc).__name__}: {exc}).") from exc
+
+    def _invoke(self, call: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        run = runs.current_run()
+        assert run is not None
+        if not self.listener.wants_session:
+            return call(**kwargs, **run.injected())
+        with own_session(self.runtime) as session:
+            return call(**kwargs, **run.injected(), session=session)
+
+    def _retry_message(self, row: Taken) -> Callable[..., Any]:
+        position = (
+            0
+            if self.single
+            else next(i for i, one in enumerate(self.envelope.carried) if int(one.get("id") or 0) == row.id)
         )
 
+        def message(request: Any, **options: Any) -> Any:
+            # As the message came, not as it was decoded: listeners' arguments need not be JSON.
+            body = self.envelope.to_kwargs()[KEYWORD]
+            body["carried"] = [body["carried"][position]]
+            return self.task.message_from_request(request, {KEYWORD: body}, **options)
 
-_ENDED = (
-    "The listener ended the transaction that its notification is acknowledged in: use session.commit() and "
-    "session.rollback(), which end at a savepoint, and never COMMIT, ROLLBACK or the connection's own methods."
-)
+        return message
 
 
-class LockedDelivery(Delivery):
-    """For listeners with `session`: rows locked, run in savepoints, deleted last, all in one transaction."""
-
-    def deliver(self) -> None:
-        ids = list(self.envelope.ids)
-        dispatches = self.envelope.dispatches
-        if dispatches > 1:
-            # If we die after this, the row's starts say that a run began and never ended.
-            with self.runtime.autocommit() as connection:
-                ids = self.store.count_start(connection, ids, dispatches)
-        started = time.monotonic()
-        while ids:
-            chunk, ids = ids[:SAVEPOINTS], ids[SAVEPOINTS:]
-            left = self._transaction(chunk, started)
-            if left:
-                self._give_back(left + ids)
-                return
-
-    def _transaction(self, ids: Sequence[int], started: float) -> list[int]:
-        """Run a chunk in one transaction; return the ids that were not come to."""
-        runs: list[LockedRun] = []
-        left: list[int] = []
-        with self.runtime.connect() as connection, _guarded(connection) as guard:
-            guard.begin()
-            taken, transaction = self.store.take_locked(connection, ids, self.envelope.dispatches)
-            for position, row in enumerate(taken):
-                run = LockedRun(self, row, self.task_id(row.id), connection)
-                runs.append(run)
-                self._run_one(run, connection, transaction)
-                if connection.invalidated or not connection.in_transaction():
-                    break
-                if run.committed_inside and run.outcome not in ("done", "retry"):
-                    break
-                slow = time.monotonic() - started > SLOW_BUNDLE * self.runtime.settings.bundle_target
-                if position + 1 < len(taken) and (run.outcome == "released" or slow):
-                    left = [row.id for row in taken[position + 1 :]]
-                    break
-            if self.single and runs and runs[0].outcome in ("done", "committed"):
-                return left
-            if self._settle_together(connection, guard, runs, transaction):
-                return left
-        self._settle_apart(runs)
-        return left
-
-    def _run_one(self, run: LockedRun, connection: Connection, transaction: int) -> None:
-        run.transaction = transaction  # type: ignore[attr-defined]
+@contextlib.contextmanager
+def own_session(runtime: Runtime) -> Iterator[Session]:
+    """A session in a transaction of its own, committed when the block ends well."""
+    with runtime.connect() as connection, connection.begin():
+        session = runtime.session(connection)
         try:
-            kwargs = self.decode(run.taken, connection)
-        except Exception as exc:
-            self.trace(run, None, exc)
-        else:
-            self.trace(run, kwargs)
+            yield session
+            session.commit()
+        finally:
+            session.close()
 
-    def commit_single(self, run: LockedRun) -> None:
-        """Acknowledge and commit inside the run, so that its success is told only once it is true."""
 
-    def _settle_together(
-        self, connection: Connection, guard: _Guard, runs: Sequence[LockedRun], transaction: int
-    ) -> bool:
-        raise NotImplementedError
+def describe(row: Taken) -> str:
+    """Return what logs and monitors show instead of a notification's contents."""
+    return f"<{row.operation} notification {row.id or 'without row'} of {row.channel}>"
 
-    def _settle_apart(self, runs: Sequence[LockedRun]) -> None:
-        raise NotImplementedError
 
-    def _give_back(self, ids: Sequence[int]) -> None:
-        raise NotImplementedError
+def aware(eta: datetime.datetime | None, app: Any) -> datetime.datetime | None:
+    """Return `eta` with a time zone; a naive one is in the application's, as Celery has it."""
+    if eta is None or eta.tzinfo is not None:
+        return eta
+    return eta.replace(tzinfo=app.timezone)

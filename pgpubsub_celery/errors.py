@@ -19,6 +19,10 @@ class SettingsError(PgPubSubError, ValueError):
     """A setting, command option or environment variable has a value that cannot be used."""
 
 
+class AppError(PgPubSubError, ImportError):
+    """The Celery application named by `-A` cannot be found or imported; shows the cause."""
+
+
 class ChannelError(PgPubSubError, TypeError):
     """A channel is declared in a way that cannot work (no `@dataclass`, reserved field, …)."""
 
@@ -49,6 +53,10 @@ class NotInstalledError(PgPubSubError, RuntimeError):
 
 class ReadOnlyDatabaseError(PgPubSubError, RuntimeError):
     """The database is a read-only replica; a bridge needs the primary."""
+
+
+class ConnectionLostError(PgPubSubError, RuntimeError):
+    """The connection that a bridge listens on is gone; it reconnects."""
 
 
 class BrokerError(PgPubSubError, RuntimeError):

@@ -10,12 +10,13 @@ import importlib
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterable
 from typing import Any
 
 from celery import Celery
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -25,6 +26,8 @@ from pgpubsub_celery.store import Store
 from pgpubsub_celery.wakeups import CONNECT_ARGUMENTS
 
 logger = logging.getLogger(__name__)
+
+DEFERRABLE_SECONDS = 60.0
 
 _runtimes: dict[tuple[int, int], Runtime] = {}
 _creating = threading.Lock()
@@ -39,6 +42,8 @@ class Runtime:
         self._factory = _load_factory(settings.session_factory)
         self._engine: Engine | None = None
         self._installation: uuid.UUID | None = None
+        self._deferrable = False
+        self._deferrable_at = float("-inf")
         self._lock = threading.Lock()
         self.heartbeat = Heartbeat(self)
 
@@ -95,16 +100,25 @@ class Runtime:
             )
         return session
 
-    def installation(self, connection: Connection) -> uuid.UUID:
+    def installation(self) -> uuid.UUID:
         """Return the id of the installation in this database; read once."""
         if self._installation is None:
-            self._installation = connection.execute(text(f"SELECT id FROM {self.store.names.installation}")).scalar_one()
+            with self.autocommit() as connection:
+                self._installation = self.store.installation(connection)
         return self._installation
+
+    def has_deferrable(self, connection: Connection) -> bool:
+        """Whether the database has constraints that can be checked at COMMIT only; looked up once a minute."""
+        now = time.monotonic()
+        if now - self._deferrable_at > DEFERRABLE_SECONDS:
+            self._deferrable = self.store.has_deferrable(connection)
+            self._deferrable_at = now
+        return self._deferrable
 
     def ring(self, connection: Connection, channels: Iterable[str]) -> None:
         """Ring the doorbell of stored channels for rows made waiting in this transaction."""
         for channel in channels:
-            connection.execute(text(f"SELECT {self.store.names.prefix}pgpubsub_ring(:channel)"), {"channel": channel})
+            self.store.ring(connection, channel)
 
 
 class Heartbeat:

@@ -93,6 +93,7 @@ class Store:
         self._next_due = _sql(_NEXT_DUE, n=n)
         self._hold = _sql(_HOLD, n=n)
         self._recover = _sql(_RECOVER, n=n)
+        self._prune_failed = _sql(_PRUNE_FAILED, n=n)
         self._unpublished = _sql(_UNPUBLISHED, n=n)
         self._delete_published = _sql(_DELETE_PUBLISHED, n=n)
         self._count_start = _sql(_COUNT_START, n=n)
@@ -106,6 +107,20 @@ class Store:
         self._fail = _sql(_FAIL, n=n)
         self._release = _sql(_RELEASE, n=n)
         self._release_owned = _sql(_RELEASE_OWNED, n=n)
+        self._installation = _sql("SELECT id FROM {i}", i=self.names.installation)
+        self._ring = _sql("SELECT {p}pgpubsub_ring(:channel)", p=self.names.prefix)
+        self._acknowledge_committed = _sql(_ACKNOWLEDGE_COMMITTED, n=n)
+        self._release_lost = _sql(_RELEASE_LOST, n=n)
+        self._fail_lost = _sql(_FAIL_LOST, n=n)
+
+    def installation(self, connection: Connection) -> uuid.UUID:
+        """Return the installation's id."""
+        id = connection.execute(self._installation).scalar_one()
+        return id if isinstance(id, uuid.UUID) else uuid.UUID(str(id))
+
+    def ring(self, connection: Connection, channel: str) -> None:
+        """Ring the doorbell of a stored channel, as a writer does, for rows made waiting in this transaction."""
+        connection.execute(self._ring, {"channel": channel})
 
     # The bridge
 
@@ -179,7 +194,15 @@ class Store:
             self._recover, {"subscriptions": list(subscriptions), "states": states, "batch_size": batch_size}
         ).rowcount
 
-    def release_unpublished(self, connection: Connection, claimed: Sequence[tuple[int, int]], *, delay: float = 0) -> int:
+    def prune_failed(self, connection: Connection, subscriptions: Sequence[int], seconds: float) -> int:
+        """Delete rows that failed more than `seconds` ago, up to 1,000 at a time; return how many."""
+        return connection.execute(
+            self._prune_failed, {"subscriptions": list(subscriptions), "seconds": seconds}
+        ).rowcount
+
+    def release_unpublished(
+        self, connection: Connection, claimed: Sequence[tuple[int, int]], *, delay: float = 0
+    ) -> int:
         """Give back rows, as (id, dispatches), whose message was not published or whose outcome is unknown."""
         return connection.execute(
             self._unpublished,
@@ -214,7 +237,21 @@ class Store:
 
         Deletes nothing when the transaction is not the one that took them: a listener ended it.
         """
-        return connection.execute(self._acknowledge_locked, {"ids": list(ids), "transaction": str(transaction)}).rowcount
+        return connection.execute(
+            self._acknowledge_locked, {"ids": list(ids), "transaction": str(transaction)}
+        ).rowcount
+
+    def has_deferrable(self, connection: Connection) -> bool:
+        """Whether any constraint of the database can be checked as late as COMMIT."""
+        return bool(connection.execute(_HAS_DEFERRABLE).scalar())
+
+    def was_committed(self, connection: Connection, transaction: int) -> bool:
+        """Whether the transaction that took the rows has committed, by somebody else's doing."""
+        return connection.execute(_XACT_STATUS, {"transaction": str(transaction)}).scalar() == "committed"
+
+    def acknowledge_committed(self, connection: Connection, ids: Sequence[int], dispatches: int) -> int:
+        """Delete rows whose effects are committed already, where they are still this message's."""
+        return connection.execute(self._acknowledge_committed, {"ids": list(ids), "dispatches": dispatches}).rowcount
 
     # The worker, for listeners without `session`
 
@@ -323,6 +360,37 @@ class Store:
             ).scalars()
         )
 
+    # The worker's parent process, for a child that it has lost
+
+    def release_lost(
+        self, connection: Connection, ids: Sequence[int], dispatches: int, *, delay: float = 0
+    ) -> list[int]:
+        """Give back the rows of a message whose process is gone, taken or not. Waits for its locks to go.
+
+        What the message has finished is gone already; a row dispatched again since is another message's.
+        """
+        return list(
+            connection.execute(
+                self._release_lost, {"ids": list(ids), "dispatches": dispatches, "delay": delay}
+            ).scalars()
+        )
+
+    def fail_lost(
+        self, connection: Connection, ids: Sequence[int], dispatches: int, *, error: str, task_id: str | None
+    ) -> list[int]:
+        """Mark as failed the rows of a message that ended without a word of its own (hard time limit, revoked)."""
+        return list(
+            connection.execute(
+                self._fail_lost,
+                {
+                    "ids": list(ids),
+                    "dispatches": dispatches,
+                    "error": shorten(error, ERROR_LIMIT),
+                    "task_id": task_id,
+                },
+            ).scalars()
+        )
+
 
 def shorten(value: str, limit: int) -> str:
     """Return `value` cut in its middle to `limit` characters, without NUL, which Postgres cannot store."""
@@ -330,7 +398,7 @@ def shorten(value: str, limit: int) -> str:
     if len(value) <= limit:
         return value
     head = limit // 3
-    return f"{value[:head]}\n… {len(value) - limit} characters left out …\n{value[-(limit - head):]}"
+    return f"{value[:head]}\n… {len(value) - limit} characters left out …\n{value[-(limit - head) :]}"
 
 
 def _taken(row: Any) -> Taken:
@@ -438,6 +506,15 @@ WHERE n.id = ANY (ARRAY(
 ))
 """
 
+_PRUNE_FAILED = """
+DELETE FROM {n} n WHERE n.id = ANY (ARRAY(
+    SELECT c.id FROM {n} c
+    WHERE c.subscription = ANY (CAST(:subscriptions AS int[])) AND c.state = 'failed'
+        AND c.failed_at < now() - make_interval(secs => :seconds)
+    LIMIT 1000 FOR UPDATE SKIP LOCKED
+))
+"""
+
 _UNPUBLISHED = """
 UPDATE {n} n SET state = 'waiting', available_at = now() + make_interval(secs => :delay), dispatches = n.dispatches - 1
 FROM unnest(CAST(:ids AS bigint[]), CAST(:dispatches AS int[])) AS c (id, dispatches)
@@ -467,6 +544,14 @@ ORDER BY n.id FOR UPDATE SKIP LOCKED
 _ACKNOWLEDGE_LOCKED = """
 DELETE FROM {n} n WHERE n.id = ANY (CAST(:ids AS bigint[])) AND pg_current_xact_id()::text = :transaction
 """
+
+_ACKNOWLEDGE_COMMITTED = """
+DELETE FROM {n} n WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'dispatched' AND n.dispatches = :dispatches
+"""
+
+_HAS_DEFERRABLE = text("SELECT EXISTS (SELECT 1 FROM pg_catalog.pg_constraint WHERE condeferrable)")
+
+_XACT_STATUS = text("SELECT pg_catalog.pg_xact_status(CAST(:transaction AS xid8))")
 
 _TAKE_OWNED = """
 UPDATE {n} n SET state = 'running', owner = CAST(:owner AS uuid), starts = n.starts + 1,
@@ -529,5 +614,18 @@ _RELEASE_OWNED = """
 UPDATE {n} n SET state = 'waiting', owner = NULL, available_at = now() + make_interval(secs => :delay),
     starts = greatest(0, n.starts - :started)
 WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
+RETURNING n.id
+"""
+
+_RELEASE_LOST = """
+UPDATE {n} n SET state = 'waiting', owner = NULL, available_at = clock_timestamp() + make_interval(secs => :delay)
+WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state IN ('dispatched', 'running') AND n.dispatches = :dispatches
+RETURNING n.id
+"""
+
+_FAIL_LOST = """
+UPDATE {n} n SET state = 'failed', owner = NULL, available_at = NULL, failed_at = clock_timestamp(), error = :error,
+    traceback = NULL, task_id = :task_id
+WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state IN ('dispatched', 'running') AND n.dispatches = :dispatches
 RETURNING n.id
 """

@@ -6,18 +6,22 @@ reaches a worker is `delivery`'s; a task called directly, by `.delay()` or eager
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar, cast
 
-from celery import Celery, Task, _state
+from celery import Celery, Task, _state, signals
 from celery.local import Proxy
 
 from pgpubsub_celery.channels import Channel, TriggerChannel, check_declared
-from pgpubsub_celery.delivery import current_delivery, deliver, fill_in
+from pgpubsub_celery.delivery import deliver, own_session
 from pgpubsub_celery.errors import ListenerError
 from pgpubsub_celery.listeners import Listener, read_operations, read_parameters, register_listener
 from pgpubsub_celery.messages import KEYWORD
+from pgpubsub_celery.runs import NotificationInfo, current_run
+from pgpubsub_celery.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +34,13 @@ class ListenerTask(Task):  # type: ignore[misc]  # celery has no types
 
     abstract = True
     listener: Listener
+    parameters: tuple[str, ...] = ()
+    """The function's parameters in order, without the task itself."""
 
     # The lease is the redelivery, and it beats a broker's visibility timeout: nothing is gained by late acks.
     acks_late = False
     reject_on_worker_lost = False
+    retry_on_worker_lost = False
     ignore_result = True
     Request = "pgpubsub_celery.requests:ListenerRequest"
 
@@ -55,11 +62,11 @@ class ListenerTask(Task):  # type: ignore[misc]  # celery has no types
         return self._tracer(uuid, args, kwargs, request)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the listener: for a notification inside its delivery, else as any task, with what is missing filled in."""
-        delivery = current_delivery()
-        if delivery is not None and delivery.starting(self):
-            return delivery.run(self._run_user, kwargs)
-        with fill_in(self, args, kwargs) as filled:
+        """Run the listener: for a notification inside its run, else as any task, with what is missing filled in."""
+        run = current_run()
+        if run is not None and run.starting(self):
+            return run.run(self._run_user, kwargs)
+        with _filled_in(self, args, kwargs) as filled:
             return super().__call__(*args, **filled)
 
     def _run_user(self, **kwargs: Any) -> Any:
@@ -71,26 +78,56 @@ class ListenerTask(Task):  # type: ignore[misc]  # celery has no types
         return self.run(**kwargs)
 
     @property
-    def notification(self) -> Any:
+    def notification(self) -> NotificationInfo | None:
         """The notification that is being handled, or None outside of one."""
-        delivery = current_delivery()
-        return None if delivery is None else delivery.notification
+        run = current_run()
+        return None if run is None else run.notification
 
     def signature_from_request(self, request: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Return what `retry()` sends: for a notification a record of the wait, which becomes its row's."""
-        delivery = current_delivery()
-        if delivery is None or (request is not None and request.id != delivery.task_id):
+        request = self.request if request is None else request
+        run = current_run()
+        if run is None or request.id != run.task_id:
             return super().signature_from_request(request, *args, **kwargs)
-        return delivery.retry_signature(**kwargs)
+        return run.retry_signature(request, *args, **kwargs)
+
+    def message_from_request(self, request: Any, kwargs: dict[str, Any], **options: Any) -> Any:
+        """Return the message of a retry that Celery sends, with `kwargs` as its arguments."""
+        return super().signature_from_request(request, (), kwargs, **options)
 
     def replace(self, sig: Any) -> Any:
         """Refused for notifications: the row could not follow the other task. `enqueue` it instead."""
-        if current_delivery() is not None:
+        if current_run() is not None:
             raise ListenerError(
                 f"{self.name} called replace(): a notification cannot become another task; "
                 "call enqueue(session, signature) in the listener's transaction instead."
             )
         return super().replace(sig)
+
+
+@signals.task_unknown.connect(weak=False)
+def _on_unknown(sender: Any = None, message: Any = None, **_: Any) -> None:
+    # Imported late: it brings Celery's worker, which writers have no use for.
+    from pgpubsub_celery.requests import give_back_unknown
+
+    give_back_unknown(sender, message)
+
+
+@contextlib.contextmanager
+def _filled_in(task: ListenerTask, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Add what a listener called as an ordinary task was not given: a session of its own, an empty context."""
+    # What was given by position is not missing.
+    given = kwargs.keys() | set(task.parameters[: len(args)])
+    missing = task.listener.injected - given
+    filled = dict(kwargs)
+    if "context" in missing:
+        filled["context"] = {}
+    if "notification" in missing:
+        filled["notification"] = None
+    with contextlib.ExitStack() as stack:
+        if "session" in missing:
+            filled["session"] = stack.enter_context(own_session(Runtime.of(task.app)))
+        yield filled
 
 
 def channel_task(
@@ -178,6 +215,8 @@ def _make_task(function: Callable[..., Any], listener: Listener, app: Celery | N
             **{**defaults, **options, "base": type(base.__name__, (ListenerTask, base), {"abstract": True})},
         )
         task.listener = listener
+        names = tuple(inspect.signature(function).parameters)
+        task.parameters = names[1:] if options.get("bind") else names
         task.__header__ = _optional_injected(task.__header__, listener)
         for alias in listener.aliases:
             application.tasks.setdefault(alias, task)
@@ -211,10 +250,15 @@ def _check_channel(channel: Any) -> None:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    if options.get("acks_late"):
-        raise ListenerError("acks_late=True has no use on a listener: its notification's lease redelivers it; leave it out.")
+    for name in ("acks_late", "reject_on_worker_lost", "retry_on_worker_lost"):
+        if options.get(name):
+            raise ListenerError(
+                f"{name}=True has no use on a listener: its notification's lease redelivers it; leave it out."
+            )
     if "batch" in options:
-        raise ListenerError("batch= is not supported by this release: use bundle= to send many notifications in one message.")
+        raise ListenerError(
+            "batch= is not supported by this release: use bundle= to send many notifications in one message."
+        )
     if options.get("pydantic"):
         raise ListenerError("pydantic=True has no use on a listener: its channel's fields are typed; leave it out.")
 
@@ -229,7 +273,9 @@ def _reading(on: str, when: str) -> Callable[..., Callable[[Callable[P, R]], Cal
         return channel_task(channel, on=on, **options)
 
     decorator.__name__ = decorator.__qualname__ = f"{when}_{on}_listener"
-    decorator.__doc__ = f"""The reference's name for `channel_task(channel, on={on!r})`. Listeners run after the commit."""
+    decorator.__doc__ = (
+        f"""The reference's name for `channel_task(channel, on={on!r})`. Listeners run after the commit."""
+    )
     return decorator
 
 

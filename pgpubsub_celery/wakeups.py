@@ -11,18 +11,20 @@ gets only when no registered writer is left, looks once more, and holds it while
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import psycopg2
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
-from pgpubsub_celery.errors import NotInstalledError, ReadOnlyDatabaseError
+from pgpubsub_celery.errors import ConnectionLostError, NotInstalledError, ReadOnlyDatabaseError
 from pgpubsub_celery.schema import Names, quote_identifier
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class Link:
         except BaseException:
             self.claims.close()
             raise
+        self._pid: int = self.claims.connection.driver_connection.info.backend_pid  # type: ignore[union-attr]
         self._kept: set[str] = set()
         self._closed: set[str] = set()
 
@@ -119,15 +122,17 @@ class Link:
         connection: Any = self._listens.connection.driver_connection
         if connection.notifies:
             return
-        # A lost connection makes the socket readable; poll() then raises OperationalError.
-        select.select([connection.fileno(), stopping.fileno()], [], [], max(0.0, seconds))
-        connection.poll()
+        with _noticing_loss():
+            # A lost connection makes the socket readable; poll() then raises.
+            select.select([connection.fileno(), stopping.fileno()], [], [], max(0.0, seconds))
+            connection.poll()
 
     def rung(self) -> list[Any]:
-        """Return the notifies that have come, as psycopg2's Notify."""
+        """Return the notifies that have come from others, as psycopg2's Notify."""
         connection: Any = self._listens.connection.driver_connection
-        connection.poll()
-        notifies = list(connection.notifies)
+        with _noticing_loss():
+            connection.poll()
+        notifies = [notify for notify in connection.notifies if notify.pid != self._pid]
         connection.notifies.clear()
         return notifies
 
@@ -190,6 +195,15 @@ class Link:
         return {row.channel: row.granted for row in rows}
 
 
+@contextlib.contextmanager
+def _noticing_loss() -> Iterator[None]:
+    """Translate what the driver raises outside of a statement, when the connection is gone."""
+    try:
+        yield
+    except (psycopg2.Error, OSError, ValueError) as exc:  # ValueError: select() on a closed connection's -1
+        raise ConnectionLostError(f"The listening connection is lost: {exc}") from exc
+
+
 class Assembler:
     """Puts the chunks of unstored messages together again."""
 
@@ -214,7 +228,9 @@ class Assembler:
             del self._parts[id]
             return self._loads("".join(parts[i] for i in range(1, int(count) + 1)))
         except (ValueError, KeyError):
-            logger.warning("A NOTIFY of %s characters on one of our channels is not one of our messages; ignored", len(payload))
+            logger.warning(
+                "A NOTIFY of %s characters on one of our channels is not one of our messages; ignored", len(payload)
+            )
             return None
 
     @staticmethod

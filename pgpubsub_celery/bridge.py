@@ -1,0 +1,424 @@
+"""The bridge: wake, claim, build, publish, settle, and wait for what comes next.
+
+Owns the life of one listening process from its first connection to its last batch: starting (what was stored before is
+held or recovered), being awake, falling asleep, outages of Postgres and of the broker. Holds no state that matters:
+killed at any line, its leases run out and another bridge goes on. Never runs a listener and never reads a payload that
+a message need not carry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from celery import Celery
+from sqlalchemy.exc import DBAPIError
+
+from pgpubsub_celery import migrations
+from pgpubsub_celery.apps import load_app
+from pgpubsub_celery.broker import Broker
+from pgpubsub_celery.channels import Channel, select_channels
+from pgpubsub_celery.dispatch import Dispatched, Dispatcher
+from pgpubsub_celery.emit import EnqueuedTask
+from pgpubsub_celery.errors import ConnectionLostError, NotInstalledError, ReadOnlyDatabaseError
+from pgpubsub_celery.listeners import Listener, registered_listeners
+from pgpubsub_celery.logs import configure_logging
+from pgpubsub_celery.pacing import Backoff, Pace
+from pgpubsub_celery.runs import one_line
+from pgpubsub_celery.schema import VERSION
+from pgpubsub_celery.settings import Settings, sync_url
+from pgpubsub_celery.store import Quota, Store
+from pgpubsub_celery.wakeups import Assembler, Link, bridge_engine
+
+if TYPE_CHECKING:
+    from pgpubsub_celery.supervisor import Control
+
+logger = logging.getLogger(__name__)
+
+EMPTY_CLAIMS_BEFORE_SLEEP = 3
+"""Looks that find nothing, a moment apart, before an awake bridge falls asleep."""
+
+MOMENT = 0.005
+"""Seconds between two looks of an awake bridge that has little to do: a fuller batch costs less."""
+
+BUSY_MOMENT = 0.05
+"""Seconds between two looks, at most, while a writer's open transaction keeps the door from closing."""
+
+FULL_MOMENT = 1.0
+"""Seconds between two looks, at most, while all that is due is in flight, or locked by a run that outlives its lease."""
+
+RINGS_UNDER_LOAD = 50
+"""Rings in a second of sleep above which the bridge stays awake, so that writers need not ring."""
+
+KEEPER_SECONDS = 2.0
+"""How often a bridge that is not the keeper of a channel looks whether it should be."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ListenOptions:
+    """What `listen` was asked for; picklable, and handed to each process through a pipe."""
+
+    app: str
+    channels: tuple[str, ...] = ()
+    """Module paths; empty for all that are registered."""
+    recover: str | None = None
+    """None, "all" (held and failed) or "waiting" (held)."""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    """Settings given as options; they go before environment and Celery configuration."""
+    loglevel: str = "info"
+    logformat: str | None = None
+
+
+def prepare(options: ListenOptions) -> None:
+    """Configure logging in a process that is going to listen, or to supervise those that do."""
+    configure_logging(options.loglevel, options.logformat)
+
+
+def run(control: Control, options: ListenOptions) -> None:
+    """Listen until asked to stop: what the supervisor runs in each process.
+
+    Raises:
+        PgPubSubError: the application, a channel or a setting cannot be used.
+    """
+    app = load_app(options.app)
+    settings = Settings.load(app.conf, **options.settings)
+    Bridge(app, settings, select_channels(options.channels), control, recover=options.recover).run()
+
+
+class Bridge:
+    """One listening process."""
+
+    def __init__(
+        self,
+        app: Celery,
+        settings: Settings,
+        channels: Sequence[type[Channel]],
+        control: Control,
+        *,
+        recover: str | None = None,
+    ) -> None:
+        """Describe it; nothing happens before `run`. `channels` without stored ones are heard, never recovered."""
+        self._app = app
+        self._settings = settings
+        self._control = control
+        self._recover = recover
+        self._stored = [channel for channel in channels if channel.lock_notifications]
+        self._unstored = [channel for channel in channels if not channel.lock_notifications]
+        self._store = Store(settings.schema)
+        self._broker = Broker(app, timeout=settings.publish_timeout)
+        self._database_trouble = _Trouble("database")
+        self._broker_trouble = _Trouble("broker")
+        # A process that follows one which has listened must hold nothing back: the boundary was that one's start.
+        self._began = control.replacement
+        self._paces: dict[int, Pace] = {}
+        self._turn = 0
+
+    def run(self) -> None:
+        """Listen until the control says stop; reconnect for as long as that takes."""
+        url = self._settings.require_database_url()
+        listen_url = url if self._settings.listen_url is None else sync_url(self._settings.listen_url)
+        engine, listen_engine = bridge_engine(url), bridge_engine(listen_url)
+        try:
+            while not self._control.stopping.is_set():
+                try:
+                    with Link(engine, listen_engine, self._settings.schema) as link:
+                        self._serve(link)
+                except (ConnectionLostError, NotInstalledError, ReadOnlyDatabaseError) as exc:
+                    self._database_trouble.met(exc, self._control)
+                except DBAPIError as exc:
+                    if not _is_outage(exc):
+                        raise
+                    self._database_trouble.met(exc, self._control)
+        finally:
+            self._broker.close()
+
+    def _serve(self, link: Link) -> None:
+        link.require_primary()
+        installation = link.require_installed(VERSION)
+        dispatcher = Dispatcher(self._app, self._store, self._broker, installation)
+        # It listens before it looks, so that nothing falls between.
+        link.listen([channel.listen_safe_name() for channel in (*self._stored, *self._unstored)])
+        listeners = self._subscribe(link)
+        dispatcher.know(listeners)
+        self._start(link, listeners)
+        self._database_trouble.over()
+        self._control.ready()
+        _Watch(self, link, dispatcher, listeners).run()
+
+    def _subscribe(self, link: Link) -> dict[int, Listener]:
+        wanted = {channel.name() for channel in self._stored}
+        mine = [listener for listener in registered_listeners() if listener.channel.name() in wanted]
+        return migrations.register_subscriptions(link.claims, self._settings.schema, mine)
+
+    def _start(self, link: Link, listeners: Mapping[int, Listener]) -> None:
+        """Hold or recover what was stored before, and say so; then say that it listens."""
+        self._store.adopt(link.claims, list(listeners))
+        held = 0
+        for channel in self._stored:
+            mine = [id for id, listener in listeners.items() if listener.channel is channel]
+            first = link.first_alive(channel.name())
+            if first and not self._began and self._recover is None and channel is not EnqueuedTask:
+                held += self._store.hold(link.claims, mine)
+            link.announce(channel.name(), first=first)
+        if held:
+            logger.info(
+                "held %d notification(s) stored before this: `listen --recover` (or `pgpubsub-bridge retry --state held`) "
+                "takes them",
+                held,
+            )
+        if self._recover is not None and not self._began:
+            self._take_up(link, listeners)
+        self._began = True
+        names = [channel.name() for channel in (*self._stored, *self._unstored) if channel is not EnqueuedTask]
+        logger.info("listening to %d channel(s): %s", len(names), ", ".join(names) or "none")
+
+    def _take_up(self, link: Link, listeners: Mapping[int, Listener]) -> None:
+        """Recover in batches, which several bridges may share."""
+        recovered = 0
+        while not self._control.stopping.is_set():
+            batch = self._store.recover(link.claims, list(listeners), failed=self._recover == "all")
+            recovered += batch
+            if not batch:
+                break
+        logger.info("recovered %d stored notification(s)", recovered)
+
+    # One claim
+
+    def claim_and_dispatch(self, link: Link, dispatcher: Dispatcher, listeners: Mapping[int, Listener]) -> _Looked:
+        """Claim what is due and publish it; the claim is committed before anything is published."""
+        quotas = self._quotas(listeners)
+        claim = self._store.claim(
+            link.claims, quotas, batch_size=self._settings.batch_size, max_starts=self._settings.max_starts
+        )
+        now = time.monotonic()
+        if claim.failed:
+            logger.error("failed %d notification(s): started and never finished, each time", claim.failed)
+        if claim.lost:
+            logger.warning("publishing %d notification(s) again: their lease ran out or their run was lost", claim.lost)
+        claimed: dict[int, int] = {}
+        for row in claim.rows:
+            claimed[row.subscription] = claimed.get(row.subscription, 0) + 1
+        limited = False
+        for quota in quotas:
+            in_flight = claim.in_flight.get(quota.subscription, 0)
+            self._paces[quota.subscription].observe(in_flight, claimed.get(quota.subscription, 0), now)
+            limited = limited or in_flight + claimed.get(quota.subscription, 0) >= quota.limit
+        outcome = dispatcher.dispatch(link.claims, claim.rows) if claim.rows else Dispatched(0, None)
+        if claim.rows:
+            logger.debug("claimed %d, published %d", len(claim.rows), outcome.published)
+        return _Looked(
+            claimed=len(claim.rows),
+            full=len(claim.rows) >= self._settings.batch_size,
+            limited=limited,
+            outage=outcome.outage,
+        )
+
+    def _quotas(self, listeners: Mapping[int, Listener]) -> list[Quota]:
+        quotas = []
+        for id, listener in listeners.items():
+            lease = listener.channel.lease or self._settings.lease
+            carries = listener.channel.acknowledge == "published"
+            pace = self._paces.get(id)
+            if pace is None:
+                pace = self._paces[id] = Pace(self._settings.max_in_flight, lease)
+            quotas.append(
+                Quota(
+                    subscription=id,
+                    # Rows that go at publication are never in flight: only the broker limits them.
+                    limit=self._settings.batch_size if carries else pace.quota,
+                    lease=lease,
+                    lease_max=max(lease, self._settings.lease_max),
+                    with_payload=carries,
+                )
+            )
+        # In turns, so that one listener's backlog does not fill every batch.
+        self._turn = (self._turn + 1) % max(1, len(quotas))
+        return quotas[self._turn :] + quotas[: self._turn]
+
+    # What a watch needs
+
+    @property
+    def settings(self) -> Settings:
+        """The settings."""
+        return self._settings
+
+    @property
+    def control(self) -> Control:
+        """The control."""
+        return self._control
+
+    @property
+    def stored(self) -> list[str]:
+        """The names of the stored channels."""
+        return [channel.name() for channel in self._stored]
+
+    def sweep(self, link: Link, listeners: Mapping[int, Listener]) -> None:
+        """Do what need not be done at once: adopt what had no listener, drop failed rows past their retention."""
+        self._store.adopt(link.claims, list(listeners))
+        if self._settings.failed_retention is not None:
+            self._store.prune_failed(link.claims, list(listeners), self._settings.failed_retention)
+
+    def next_due(self, link: Link, listeners: Mapping[int, Listener]) -> float | None:
+        """Return the seconds until something is due, or None."""
+        return self._store.next_due(link.claims, list(listeners))
+
+    def ring_others(self, link: Link) -> None:
+        """Tell the other bridges that there is more than one of them can take."""
+        link.ring([channel.listen_safe_name() for channel in self._stored])
+
+    def broker_works(self) -> bool:
+        """Whether the broker takes messages; while it does not, wait, and claim nothing."""
+        if not self._broker_trouble.since:
+            return True
+        error = self._broker.reachable()
+        if error is None:
+            self._broker_trouble.over()
+            return True
+        self._broker_trouble.met(error, self._control)
+        return False
+
+    def broker_failed(self, error: BaseException) -> None:
+        """Say so once, and back off."""
+        self._broker_trouble.met(error, self._control)
+
+    def publish_unstored(self, dispatcher: Dispatcher, message: Mapping[str, Any]) -> None:
+        """Publish a message that is not stored: at most once, to every listening process's listeners."""
+        error = dispatcher.dispatch_unstored(message, self._unstored)
+        if error is not None:
+            logger.warning("a message of the unstored channel %s is lost: %s", message.get("channel"), one_line(error))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Looked:
+    """What a claim found."""
+
+    claimed: int
+    full: bool
+    limited: bool
+    """A quota was used up: there may be more."""
+    outage: BaseException | None
+
+
+class _Watch:
+    """One link's life, awake and asleep."""
+
+    def __init__(self, bridge: Bridge, link: Link, dispatcher: Dispatcher, listeners: Mapping[int, Listener]) -> None:
+        self._bridge = bridge
+        self._link = link
+        self._dispatcher = dispatcher
+        self._listeners = listeners
+        self._assembler = Assembler()
+        self._empty = 0
+        self._rings: list[float] = []
+        self._sweep_at = time.monotonic() + bridge.settings.poll_interval
+
+    def run(self) -> None:
+        """Look, and wait for what makes another look worth while, until asked to stop."""
+        bridge, stopping = self._bridge, self._bridge.control.stopping
+        while not stopping.is_set():
+            self._hear()
+            if not bridge.broker_works():
+                continue
+            self._sweep_if_due()
+            looked = bridge.claim_and_dispatch(self._link, self._dispatcher, self._listeners)
+            if looked.outage is not None:
+                bridge.broker_failed(looked.outage)
+                continue
+            if looked.full:
+                self._link.open_doors()
+                bridge.ring_others(self._link)
+                continue
+            if stopping.is_set():
+                return
+            self._wait(self._patience(looked))
+
+    def _patience(self, looked: _Looked) -> float:
+        """Return how long to wait for a ring; above all decide whether writers have to ring."""
+        if looked.claimed:
+            self._empty = 0
+            if self._link.asleep and not self._under_load():
+                return 0.0  # one more look: what is claimed alone says nothing of what else is due
+            self._link.open_doors()
+            return MOMENT
+        self._empty += 1
+        kept = self._link.keep(self._bridge.stored)
+        if not self._link.asleep:
+            if self._empty < EMPTY_CLAIMS_BEFORE_SLEEP:
+                return MOMENT
+            # Whoever was registered has committed once the doors are closed: one more look, and sleep. While some writer
+            # is still registered, silently, look again soon.
+            return 0.0 if self._link.close_doors() else self._doubling(BUSY_MOMENT)
+        waits = [self._sweep_at - time.monotonic()]
+        due = None if looked.limited else self._bridge.next_due(self._link, self._listeners)
+        if looked.limited or (due is not None and due <= 0):
+            # More is due than can be had: in flight up to the quota, or locked by a run that outlives its lease.
+            waits.append(self._doubling(FULL_MOMENT))
+        elif due is not None:
+            waits.append(due)
+        if len(kept) < len(self._bridge.stored):
+            waits.append(KEEPER_SECONDS)
+        return max(0.0, min(waits))
+
+    def _doubling(self, most: float) -> float:
+        return float(min(most, MOMENT * 2.0 ** min(self._empty, 16)))
+
+    def _wait(self, seconds: float) -> None:
+        if seconds > 0:
+            self._link.wait(seconds, self._bridge.control.stopping)
+
+    def _hear(self) -> None:
+        """Take what was rung: a doorbell, or a message of a channel that is not stored."""
+        for notify in self._link.rung():
+            if notify.payload:
+                message = self._assembler.add(notify.payload)
+                if message is not None:
+                    self._bridge.publish_unstored(self._dispatcher, message)
+            else:
+                self._rings.append(time.monotonic())
+        del self._rings[: -2 * RINGS_UNDER_LOAD]
+
+    def _under_load(self) -> bool:
+        since = time.monotonic() - 1.0
+        return sum(1 for at in self._rings if at >= since) > RINGS_UNDER_LOAD
+
+    def _sweep_if_due(self) -> None:
+        now = time.monotonic()
+        if now >= self._sweep_at:
+            self._sweep_at = now + self._bridge.settings.poll_interval
+            self._bridge.sweep(self._link, self._listeners)
+
+
+class _Trouble:
+    """An outage: said once, backed off from, said to be over once."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._backoff = Backoff()
+        self.since: float | None = None
+
+    def met(self, error: BaseException, control: Control) -> None:
+        """Wait a while, or until asked to stop."""
+        if self.since is None:
+            self.since = time.monotonic()
+            logger.error("%s unavailable, trying again until it is back: %s", self._what, one_line(error))
+        control.stopping.wait(self._backoff.next())
+
+    def over(self) -> None:
+        """It works."""
+        if self.since is not None:
+            logger.info("%s available again after %.1f s", self._what, time.monotonic() - self.since)
+        self.since = None
+        self._backoff.reset()
+
+
+# Server-side ends of a connection, and a server that is starting, stopping or full.
+_OUTAGE_STATES = ("08", "57P", "53", "25006")
+
+
+def _is_outage(exc: DBAPIError) -> bool:
+    state = getattr(exc.orig, "pgcode", None)
+    # Without a state it never reached a server, or lost it in the middle.
+    return exc.connection_invalidated or state is None or state.startswith(_OUTAGE_STATES)

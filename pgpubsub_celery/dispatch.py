@@ -1,0 +1,169 @@
+"""From claimed rows to published messages, and back to the rows: build, publish, settle.
+
+Owns what a bridge does with what it has claimed, and with messages that are not stored. Rows whose message the broker has
+not confirmed are given back; those that can never be published are failed, and hold nobody up. Never claims and never
+waits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from celery import Celery
+from kombu import Producer
+from sqlalchemy import Connection
+
+from pgpubsub_celery.broker import Broker, Publication
+from pgpubsub_celery.channels import Channel
+from pgpubsub_celery.emit import EnqueuedTask, load_signature
+from pgpubsub_celery.listeners import Listener, listeners_of
+from pgpubsub_celery.messages import Address, Envelope, Message, build_messages
+from pgpubsub_celery.runs import one_line
+from pgpubsub_celery.store import Claimed, Store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """What became of a batch."""
+
+    published: int
+    outage: BaseException | None
+    """Why the broker did not take all of it, when that is the broker's doing."""
+
+
+class Dispatcher:
+    """Publishes the notifications of the listeners that this process knows."""
+
+    def __init__(self, app: Celery, store: Store, broker: Broker, installation: uuid.UUID) -> None:
+        self._app = app
+        self._store = store
+        self._broker = broker
+        self._installation = installation
+        self._listeners: Mapping[int, Listener] = {}
+
+    def know(self, listeners: Mapping[int, Listener]) -> None:
+        """Set the listeners, by subscription, that claimed rows can be for."""
+        self._listeners = listeners
+
+    def dispatch(self, connection: Connection, claimed: Sequence[Claimed]) -> Dispatched:
+        """Publish claimed rows and settle those that were not confirmed, or that go once they were."""
+        addresses = {id: self._address(listener) for id, listener in self._listeners.items()}
+        enqueued = [row for row in claimed if self._listeners[row.subscription].channel is EnqueuedTask]
+        others = [row for row in claimed if self._listeners[row.subscription].channel is not EnqueuedTask]
+        messages = build_messages(others, addresses, self._installation)
+        publications: list[Publication] = [functools.partial(_publish_enqueued, row) for row in enqueued]
+        publications += [functools.partial(_publish_notifications, message) for message in messages]
+        speaks_for = [[(row.id, row.dispatches)] for row in enqueued] + [message.claimed for message in messages]
+        goes = [True] * len(enqueued) + [bool(message.envelope.carried) for message in messages]
+        try:
+            # If we die after this, the messages are out and the lease stands: nothing is left to do but for `goes`,
+            # whose rows come again and are published twice.
+            outcomes = self._broker.publish(publications)
+        except BaseException as exc:
+            self._store.release_unpublished(connection, [(row.id, row.dispatches) for row in claimed])
+            raise exc
+        return self._settle(connection, speaks_for, goes, outcomes)
+
+    def dispatch_unstored(self, message: Mapping[str, Any], channels: Sequence[type[Channel]]) -> BaseException | None:
+        """Publish one message that is not stored, to each of its channel's listeners; return why not, if not all."""
+        if message.get("installation") != str(self._installation):
+            return None  # another installation shares the database and the channel's name
+        name = message.get("channel")
+        carried = {key: message.get(key) for key in ("operation", "payload", "context", "created_at", "db_version")}
+        publications: list[Publication] = []
+        for channel in channels:
+            if name not in (channel.name(), *channel.aliases):
+                continue
+            for listener in listeners_of(channel):
+                if carried["operation"] in listener.operations:
+                    envelope = Envelope(
+                        installation=self._installation,
+                        channel=channel.name(),
+                        listener=listener.name,
+                        carried=(carried,),
+                    )
+                    one = Message(task=listener.name, task_id=str(uuid.uuid4()), envelope=envelope)
+                    publications.append(functools.partial(_publish_notifications, one))
+        failed = [outcome for outcome in self._broker.publish(publications) if outcome is not None]
+        return failed[0] if failed else None
+
+    def _address(self, listener: Listener) -> Address:
+        channel = listener.channel
+        return Address(
+            channel=channel.name(),
+            listener=listener.name,
+            task=listener.name,
+            bundle=listener.bundle or 1,
+            carries=channel.acknowledge == "published",
+        )
+
+    def _settle(
+        self,
+        connection: Connection,
+        speaks_for: Sequence[list[tuple[int, int]]],
+        goes: Sequence[bool],
+        outcomes: Sequence[BaseException | None],
+    ) -> Dispatched:
+        confirmed: list[tuple[int, int]] = []
+        unpublished: list[tuple[int, int]] = []
+        outage: BaseException | None = None
+        published = 0
+        for rows, go, outcome in zip(speaks_for, goes, outcomes, strict=True):
+            if outcome is None:
+                published += len(rows)
+                confirmed += rows if go else []
+            elif self._broker.is_outage(outcome):
+                outage = outage or outcome
+                unpublished += rows
+            else:
+                self._fail(connection, rows, outcome)
+        if confirmed:
+            self._store.delete_published(connection, confirmed)
+        if unpublished:
+            self._store.release_unpublished(connection, unpublished)
+        return Dispatched(published, outage)
+
+    def _fail(self, connection: Connection, rows: Sequence[tuple[int, int]], error: BaseException) -> None:
+        """Whatever is wrong with the message itself will be so the next time."""
+        told = f"cannot be published: {one_line(error)}"
+        for id, dispatches in rows:
+            logger.error("Notification %s %s", id, told)
+            self._store.fail(connection, [id], owner=None, dispatches=dispatches, error=told, traceback=None)
+
+
+def _publish_notifications(message: Message, app: Celery, producer: Producer) -> None:
+    task = app.tasks[message.task]
+    count = len(message.envelope.ids or message.envelope.carried)
+    options = {name: value for name, value in task._get_exec_options().items() if value is not None}
+    # As the task's apply_async does, but for task_always_eager, which is for tests of the writer's process.
+    app.send_task(
+        task.name,
+        (),
+        message.envelope.to_kwargs(),
+        task_id=message.task_id,
+        producer=producer,
+        task_type=task,
+        retry=False,
+        argsrepr="()",
+        kwargsrepr=_describe(message, count),
+        shadow=None if count == 1 else f"{task.name} ×{count}",
+        add_to_parent=False,
+        **{"ignore_result": task.ignore_result, **options},
+    )
+
+
+def _describe(message: Message, count: int) -> str:
+    envelope = message.envelope
+    what = "notification" if count == 1 else f"{count} notifications"
+    return f"<{what} {', '.join(map(str, envelope.ids[:3]))}{', …' if count > 3 else ''} of {envelope.channel}>"
+
+
+def _publish_enqueued(row: Claimed, app: Celery, producer: Producer) -> None:
+    load_signature(row.payload, app).apply_async(producer=producer, retry=False, add_to_parent=False)

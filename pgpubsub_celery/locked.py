@@ -1,0 +1,349 @@
+"""Listeners with `session`: rows locked, each run in a savepoint, deleted last, all in one transaction.
+
+Owns the transaction that makes effect and acknowledgement one, and its defence against whatever ends it: a listener, a
+lock, a lost connection, a constraint that is only checked at COMMIT. The order is: lock, run, delete, commit; deleting
+first would lose rows when a listener commits the connection under us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from celery.exceptions import Reject, SoftTimeLimitExceeded
+from sqlalchemy import Connection, event, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from pgpubsub_celery import runs
+from pgpubsub_celery.delivery import Delivery
+from pgpubsub_celery.errors import DecodeError, TransactionEndedError
+from pgpubsub_celery.runs import DONE, FAILED, RELEASED, RETRY, Run
+from pgpubsub_celery.store import Taken
+
+logger = logging.getLogger(__name__)
+
+SAVEPOINTS = 60
+"""Notifications in one transaction: above 64 the subtransaction cache overflows, for the whole server."""
+
+SLOW_BUNDLE = 10
+"""Times `bundle_target` after which a bundle commits what is done and gives the rest back."""
+
+SETTLE_LOCK_TIMEOUT = "5s"
+"""How long rows given back wait for a backend that has not noticed that its client is gone; then their lease decides."""
+
+# A savepoint cures these; the others end the transaction.
+_CURABLE = {"40P01": "deadlock", "55P03": "lock not available"}
+# These end it: a serialization failure, and a savepoint that found no transaction around it.
+_FATAL = {"40001", "25P01"}
+_IDLE_TIMEOUT = "25P03"
+
+_ENDED = (
+    "The listener ended the transaction that its notification is acknowledged in: use session.commit() and "
+    "session.rollback(), which end at a savepoint, and never COMMIT, ROLLBACK or the connection's own methods."
+)
+_ENDING_STATEMENT = re.compile(
+    r"(?:\s+|/\*.*?\*/|--[^\n]*(?:\n|$)|;)*"
+    r"(?:commit|end|abort|begin|start\s+transaction|prepare\s+transaction|rollback(?!\s+(?:work\s+|transaction\s+)?to\b))\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+class LockedDelivery(Delivery):
+    """Delivers to a listener with `session`: exactly once, however often the message comes."""
+
+    def _run_all(self) -> None:
+        ids = list(self.envelope.ids)
+        if self.envelope.dispatches > 1:
+            # If we die after this, the row's starts say that a run began and never ended.
+            ids = self.begin(lambda: self._count_start(ids))
+        started = time.monotonic()
+        while ids:
+            chunk, ids = ids[:SAVEPOINTS], ids[SAVEPOINTS:]
+            if not self._run_chunk(chunk, started):
+                self._settle_apart([], ids)
+                return
+
+    def _count_start(self, ids: Sequence[int]) -> list[int]:
+        with self.runtime.autocommit() as connection:
+            return self.store.count_start(connection, ids, self.envelope.dispatches)
+
+    def _run_chunk(self, ids: Sequence[int], started: float) -> bool:
+        """Run one transaction's worth; False when the message's rest is to be given back."""
+        chunk, settled = self.begin(lambda: self._transact(ids, started))
+        if not settled:
+            self._settle_apart(chunk.runs, chunk.left)
+        return not chunk.cut_short
+
+    def _transact(self, ids: Sequence[int], started: float) -> tuple[_Chunk, bool]:
+        with self.runtime.connect() as connection:
+            transaction = _Transaction(connection)
+            with transaction.guarded():
+                chunk = _Chunk(self, connection, transaction, started)
+                chunk.run(ids)
+                return chunk, chunk.settled or chunk.settle()
+
+    def write(self, connection: Connection, each: Sequence[Run], left: Sequence[int]) -> None:
+        """Write what became of the runs that are not acknowledged, and give back those that were not come to."""
+        released = [run.taken.id for run in each if run.outcome == RELEASED] + list(left)
+        for run in each:
+            if run.outcome == RETRY:
+                self.write_retry(connection, run, None)
+            elif run.outcome == FAILED:
+                self.write_failure(connection, run, None)
+        if released:
+            # A run that ended by circumstance did end: its start is taken back.
+            started = 1 if self.envelope.dispatches > 1 else 0
+            delay = self.release_delay()
+            self.store.release(connection, released, self.envelope.dispatches, started=started, delay=delay)
+        if released or any(run.outcome == RETRY for run in each):
+            self.runtime.ring(connection, [self.listener.channel.name()])
+
+    def _settle_apart(self, each: Sequence[Run], left: Sequence[int]) -> None:
+        """After the transaction was lost: effects are gone, so what was done is given back and comes again alone."""
+        for run in each:
+            if run.outcome == DONE:
+                run.outcome = RELEASED
+        if not each and not left:
+            return
+        try:
+            with self.runtime.connect() as connection, connection.begin():
+                connection.execute(text(f"SET LOCAL lock_timeout = '{SETTLE_LOCK_TIMEOUT}'"))
+                self.write(connection, each, left)
+        except DBAPIError as exc:
+            logger.warning("Giving notifications back failed; their lease does it: %s", exc.orig)
+
+
+class _Chunk:
+    """The runs of one transaction."""
+
+    def __init__(
+        self, delivery: LockedDelivery, connection: Connection, transaction: _Transaction, started: float
+    ) -> None:
+        self._delivery = delivery
+        self._connection = connection
+        self._transaction = transaction
+        self._started = started
+        self._number = 0
+        self.runs: list[Run] = []
+        self.left: list[int] = []
+        """Rows taken and not come to."""
+        self.cut_short = False
+        """The rest of the message is to be given back."""
+        self.settled = False
+        """Its one run is acknowledged and committed: nothing is left to write."""
+
+    def run(self, ids: Sequence[int]) -> None:
+        """Lock the rows that are still the message's and run them in order, as far as that makes sense."""
+        delivery = self._delivery
+        rows, self._number = delivery.store.take_locked(self._connection, ids, delivery.envelope.dispatches)
+        arguments = delivery.decode(rows, self._connection)
+        for position, (row, one) in enumerate(zip(rows, arguments, strict=True)):
+            run = self._run_one(row, one)
+            delivery.count(run)
+            slow = time.monotonic() - self._started > SLOW_BUNDLE * delivery.runtime.settings.bundle_target
+            if self._transaction.lost or self._must_stop(run) or (slow and not delivery.single):
+                self.left = [later.id for later in rows[position + 1 :]]
+                self.cut_short = True
+                return
+
+    def _must_stop(self, run: Run) -> bool:
+        return run.outcome == RELEASED and not isinstance(run.error, Reject)
+
+    def _run_one(self, row: Taken, arguments: dict[str, Any] | DecodeError) -> Run:
+        inside = _Inside(self._delivery, self._connection, self._transaction)
+        run = Run(self._delivery.task, row, self._delivery.task_id(row), inside.invoke)
+        self.runs.append(run)
+        if not self._delivery.wants(row):
+            run.outcome = RELEASED
+            run.error = Reject("not an operation of this release's listener", requeue=True)
+            return run
+        run.is_transient = self._is_transient
+        if self._delivery.single:
+            inside.before_return = lambda: self._commit_inside(run)
+        self._delivery.trace(run, arguments)
+        if inside.committed and run.outcome in (RETRY, FAILED, RELEASED):
+            # Its savepoint is released, so only the whole transaction can take back what it did.
+            self._transaction.lose()
+        return run
+
+    def _is_transient(self, exc: Exception) -> bool:
+        if isinstance(exc, SoftTimeLimitExceeded):
+            return not self._delivery.single
+        if not isinstance(exc, DBAPIError):
+            return False
+        state = getattr(exc.orig, "pgcode", None) or getattr(exc.orig, "sqlstate", None)
+        if state in _CURABLE:
+            return True
+        if state == _IDLE_TIMEOUT:
+            # Its own pause was too long for the server: that would be so the next time, too.
+            self._transaction.lose()
+            return False
+        if state in _FATAL or exc.connection_invalidated or self._connection.invalidated:
+            self._transaction.lose()
+            return True
+        return False
+
+    def _commit_inside(self, run: Run) -> None:
+        """Acknowledge and commit inside the run, so that Celery tells of a success only once it is true."""
+        self._acknowledge([run.taken.id])
+        self._transaction.commit()
+        self.settled = True
+
+    def _acknowledge(self, ids: Sequence[int]) -> None:
+        deleted = self._delivery.store.acknowledge_locked(self._connection, ids, self._number)
+        if deleted != len(ids):
+            raise TransactionEndedError(_ENDED)
+
+    def settle(self) -> bool:
+        """Acknowledge what is done, write the rest, commit; False when the transaction is lost."""
+        if not self.runs and not self.left:
+            return True
+        if self._transaction.lost:
+            return False
+        try:
+            done = [run.taken.id for run in self.runs if run.outcome == DONE]
+            if done:
+                self._acknowledge(done)
+            self._delivery.write(self._connection, self.runs, self.left)
+            # If we die before this, nothing happened: the locks go with the connection, the lease gives the rows back.
+            self._transaction.commit()
+        except TransactionEndedError as exc:
+            logger.error("Notifications %s of %s: %s", done, self._delivery.listener.channel.name(), exc)
+            return self._transaction_was_committed(done)
+        except DBAPIError as exc:
+            # Refused, or lost with an unknown outcome: the rows' presence is the truth. What follows changes only rows
+            # that are still there as we took them, and waits for a commit that is still under way.
+            logger.warning(
+                "A transaction of %d notification(s) was not committed: %s", len(self.runs), runs.one_line(exc)
+            )
+            return False
+        return True
+
+    def _transaction_was_committed(self, done: Sequence[int]) -> bool:
+        """A listener ended the transaction behind our back: where that committed it, acknowledge what it did."""
+        if not self._delivery.store.was_committed(self._connection, self._number):
+            return False
+        self._delivery.store.acknowledge_committed(self._connection, done, self._delivery.envelope.dispatches)
+        self._delivery.write(self._connection, [run for run in self.runs if run.outcome != DONE], self.left)
+        self._transaction.commit()
+        return True
+
+
+class _Inside:
+    """Calls a listener with a session of its own, whose commits and rollbacks end at a savepoint."""
+
+    def __init__(self, delivery: LockedDelivery, connection: Connection, transaction: _Transaction) -> None:
+        self._delivery = delivery
+        self._connection = connection
+        self._transaction = transaction
+        self._returned = False
+        self.committed = False
+        """The listener committed its session: a later failure cannot be taken back to a savepoint."""
+        self.before_return: Callable[[], None] | None = None
+
+    def invoke(self, call: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        run = runs.current_run()
+        assert run is not None
+        session = self._delivery.runtime.session(self._connection)
+        event.listen(session, "before_commit", self._note_commit)
+        try:
+            result = call(**kwargs, **run.injected(), session=session)
+            self._returned = True
+            self._finish(session)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                session.rollback()
+            raise
+        finally:
+            with contextlib.suppress(Exception):
+                session.close()
+        if run.retry_options is None and self.before_return is not None:
+            self.before_return()
+        return result
+
+    def _finish(self, session: Session) -> None:
+        single = self._delivery.single
+        if session.in_transaction() and not single and self._delivery.runtime.has_deferrable(self._connection):
+            # A constraint checked only at COMMIT would refuse the whole bundle. Rolling this check back keeps the
+            # constraints deferred for the next one.
+            session.flush()
+            with self._connection.begin_nested() as savepoint:
+                self._connection.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
+                savepoint.rollback()
+        session.commit()
+        if not self._transaction.alive():
+            raise TransactionEndedError(_ENDED)
+
+    def _note_commit(self, session: Session) -> None:
+        if not self._returned:
+            self.committed = True
+
+
+class _Transaction:
+    """The one transaction of a chunk, which only its delivery may end."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._ours = False
+        self.lost = False
+        """It cannot or must not be committed any more, or its commit's outcome is unknown."""
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Begin, refuse a listener's attempts to end the transaction, and leave nothing open."""
+        hooks = (
+            ("before_cursor_execute", self._check_statement),
+            ("commit", self._check_end),
+            ("rollback", self._check_end),
+        )
+        for name, hook in hooks:
+            event.listen(self._connection, name, hook)
+        try:
+            self._connection.begin()
+            yield
+        finally:
+            self._ours = True
+            for name, hook in hooks:
+                event.remove(self._connection, name, hook)
+            if self.lost or not self.alive():
+                # Whatever state it is in, the pool is not to have it back.
+                self._connection.invalidate()
+            elif self._connection.in_transaction():
+                self._connection.rollback()
+
+    def lose(self) -> None:
+        """Give the transaction up."""
+        self.lost = True
+
+    def alive(self) -> bool:
+        """Whether the transaction is still open."""
+        return self._connection.in_transaction() and not self._connection.invalidated
+
+    def commit(self) -> None:
+        """Commit; DBAPIError when the server refused or the connection was lost."""
+        if not self.alive():
+            raise TransactionEndedError(_ENDED)
+        self._ours = True
+        try:
+            self._connection.commit()
+        except DBAPIError:
+            self.lost = True
+            raise
+        finally:
+            self._ours = False
+
+    def _check_end(self, _: Connection) -> None:
+        if not self._ours:
+            self.lost = True
+            raise TransactionEndedError(_ENDED)
+
+    def _check_statement(
+        self, conn: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+    ) -> None:
+        if not self._ours and _ENDING_STATEMENT.match(statement):
+            raise TransactionEndedError(_ENDED)

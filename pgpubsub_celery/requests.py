@@ -1,0 +1,165 @@
+"""A worker's parent process, and what it does for notifications whose run ends without a word of its own.
+
+Owns the Celery request of listener tasks: a killed child, a hard time limit, a revoked, expired or terminated message
+never reach `delivery`, so the parent writes what became of their rows. From one thread of its own: the parent's event
+loop must not wait for Postgres. Where that fails, the lease decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from billiard.exceptions import WorkerLostError
+from celery.exceptions import TimeLimitExceeded
+from celery.worker.request import Request
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from pgpubsub_celery.errors import PgPubSubError
+from pgpubsub_celery.messages import KEYWORD, Envelope, notification_task_id
+from pgpubsub_celery.runs import one_line
+from pgpubsub_celery.settings import Settings
+from pgpubsub_celery.store import Store
+from pgpubsub_celery.wakeups import CONNECT_ARGUMENTS
+
+logger = logging.getLogger(__name__)
+
+LOCK_TIMEOUT = "30s"
+"""How long to wait for a killed child's backend, which notices within `client_connection_check_interval`."""
+
+UNKNOWN_DELAY = 5.0
+"""Seconds before a notification that this worker has no task for is published again; doubles with each dispatch."""
+
+Write = Callable[[Store, Any], object]
+
+
+class ListenerRequest(Request):  # type: ignore[misc]  # celery has no types
+    """The request of a listener's task, in the worker's parent process."""
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        """A child that is gone gives its rows back at once; every other failure has been written by the child."""
+        error = getattr(exc_info.exception, "exc", exc_info.exception)
+        if isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt)) and not return_ok:
+            self._give_back()
+        return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+
+    def on_timeout(self, soft: bool, timeout: float) -> Any:
+        """A hard time limit fails a notification that was alone; of a bundle, nobody knows which one was slow."""
+        if not soft:
+            if len(self._ids) == 1:
+                self._fail(one_line(TimeLimitExceeded(timeout)) + f": hard time limit of {timeout:g} s")
+            else:
+                self._give_back()
+        return super().on_timeout(soft, timeout)
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> Any:
+        """Revoked, expired or terminated: failed, so that it can be looked at, retried or discarded."""
+        if not self._already_revoked:
+            self._fail(f"{reason}: the task was {reason} before it finished; `pgpubsub-bridge retry` runs it after all")
+        return super()._announce_revoked(reason, terminated, signum, expired)
+
+    @property
+    def _envelope(self) -> Envelope | None:
+        try:
+            return Envelope.from_kwargs(self.kwargs or {})
+        except PgPubSubError:
+            return None
+
+    @property
+    def _ids(self) -> tuple[int, ...]:
+        envelope = self._envelope
+        return () if envelope is None or envelope.carried else envelope.ids
+
+    def _give_back(self) -> None:
+        envelope = self._envelope
+        if envelope is not None and self._ids:
+            settle_later(self.task.app, f"giving back {len(envelope.ids)} notification(s)", _give_back(envelope))
+
+    def _fail(self, error: str) -> None:
+        envelope = self._envelope
+        if envelope is not None and self._ids:
+            settle_later(self.task.app, f"failing {len(envelope.ids)} notification(s)", _fail(envelope, error))
+
+
+def give_back_unknown(sender: Any, message: Any, **_: Any) -> None:
+    """Receiver of Celery's `task_unknown`: a notification for a listener that only another release has."""
+    try:
+        kwargs = message.payload[1]
+        if KEYWORD not in kwargs:
+            return
+        envelope = Envelope.from_kwargs(kwargs)
+    except (PgPubSubError, LookupError, TypeError, AttributeError):
+        return
+    if envelope is None or not envelope.ids or envelope.carried:
+        return
+    delay = UNKNOWN_DELAY * 2 ** min(envelope.dispatches - 1, 6)
+    settle_later(sender.app, f"giving back {len(envelope.ids)} unknown notification(s)", _give_back(envelope, delay))
+
+
+def _give_back(envelope: Envelope, delay: float = 0.0) -> Write:
+    def write(store: Store, connection: Any) -> None:
+        if store.release_lost(connection, envelope.ids, envelope.dispatches, delay=delay):
+            store.ring(connection, envelope.channel)
+
+    return write
+
+
+def _fail(envelope: Envelope, error: str) -> Write:
+    def write(store: Store, connection: Any) -> None:
+        for id in envelope.ids:
+            task_id = notification_task_id(envelope.installation, id)
+            store.fail_lost(connection, [id], envelope.dispatches, error=error, task_id=task_id)
+
+    return write
+
+
+class _Settler(threading.Thread):
+    """The one thread of a parent process that writes to Postgres."""
+
+    def __init__(self) -> None:
+        super().__init__(name="pgpubsub-settler", daemon=True)
+        self.pid = os.getpid()
+        self.work: queue.SimpleQueue[tuple[Any, str, Write]] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        while True:
+            app, what, write = self.work.get()
+            try:
+                self._settle(app, write)
+            except (SQLAlchemyError, PgPubSubError) as exc:
+                logger.warning("A lost run was not settled (%s); its lease does it: %s", what, one_line(exc))
+            except Exception:
+                logger.exception("A lost run was not settled (%s); its lease does it", what)
+
+    @staticmethod
+    def _settle(app: Any, write: Write) -> None:
+        settings = Settings.load(app.conf)
+        # Seldom used, and never to be inherited by a child: no pool.
+        engine = create_engine(
+            settings.require_database_url(),
+            poolclass=NullPool,
+            connect_args={**CONNECT_ARGUMENTS, "application_name": "pgpubsub-worker"},
+        )
+        with engine.begin() as connection:
+            connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
+            write(Store(settings.schema), connection)
+
+
+_settler: _Settler | None = None
+_creating = threading.Lock()
+
+
+def settle_later(app: Any, what: str, write: Write) -> None:
+    """Have `write(store, connection)` done in a transaction, by a thread of this process."""
+    global _settler
+    with _creating:
+        if _settler is None or _settler.pid != os.getpid():
+            _settler = _Settler()
+            _settler.start()
+    _settler.work.put((app, what, write))

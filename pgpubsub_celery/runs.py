@@ -1,0 +1,236 @@
+"""One notification on its way through its listener.
+
+Owns what a run is: what the listener is given, what became of it, what `retry()` leaves behind, and what a listener can
+know of its notification. Runs of one thread form a stack, so that a task called inside a listener is not taken for it.
+Never talks to Postgres by itself; `delivery` does, before and after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from celery.exceptions import Ignore, Reject, Retry
+from sqlalchemy.exc import StatementError
+from sqlalchemy.orm import Session
+
+from pgpubsub_celery.errors import ListenerError
+from pgpubsub_celery.listeners import Listener
+from pgpubsub_celery.store import Taken
+
+if TYPE_CHECKING:
+    from pgpubsub_celery.tasks import ListenerTask
+
+logger = logging.getLogger(__name__)
+
+PENDING = "pending"
+DONE = "done"
+"""The listener returned, or raised Ignore: to be acknowledged."""
+RETRY = "retry"
+FAILED = "failed"
+RELEASED = "released"
+"""Circumstances ended the run, not the listener: to be given back."""
+
+
+class Acknowledging(Protocol):
+    """Acknowledges a run in a transaction of its listener's."""
+
+    def __call__(self, session: Session) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NotificationInfo:
+    """What a listener can know of the notification it handles."""
+
+    id: int | None
+    """None for messages that are not stored."""
+    channel: str
+    listener: str
+    operation: str
+    """`"message"`, or insert, update, delete, truncate."""
+    created_at: datetime.datetime
+    """When its transaction began; time zone aware."""
+    retries: int
+    context: Mapping[str, Any]
+    db_version: str | None = None
+    """Alembic's revision(s) at the time of the change."""
+    _acknowledge: Acknowledging | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def acknowledge(self, session: Session) -> None:
+        """Acknowledge in `session`'s transaction: its commit makes result and acknowledgement one.
+
+        For listeners without a `session` parameter that do slow work first. Never commits; the listener does, before it
+        returns.
+
+        Raises:
+            LeaseLostError: the notification was given to another worker meanwhile; roll back.
+            ListenerError: the notification is not stored, or its listener has a `session` of its own.
+        """
+        if self._acknowledge is None:
+            raise ListenerError(
+                "notification.acknowledge(session) is for stored notifications of listeners without a `session` "
+                f"parameter: {self.listener!r} is acknowledged without it."
+            )
+        self._acknowledge(session)
+
+
+class Run:
+    """One notification, the request that it is in Celery, and what became of it."""
+
+    def __init__(self, task: ListenerTask, taken: Taken, task_id: str, invoke: Callable[..., Any]) -> None:
+        """`invoke(call, kwargs)` calls the listener with what it is given besides its fields."""
+        self.task = task
+        self.listener: Listener = task.listener
+        self.taken = taken
+        self.task_id = task_id
+        self.outcome = PENDING
+        self.error: BaseException | None = None
+        self.error_text: str | None = None
+        self.retry_options: dict[str, Any] | None = None
+        """What `retry()` asked for: retries, countdown, eta."""
+        self.undecodable: Exception | None = None
+        """Raised instead of calling the listener."""
+        self.acknowledge: Acknowledging | None = None
+        self.is_transient: Callable[[Exception], bool] = _never
+        self.retry_message: Callable[..., Any] | None = None
+        """Makes the message that a retry sends, for runs without a row."""
+        self._invoke = invoke
+        self._begun = False
+
+    @property
+    def notification(self) -> NotificationInfo:
+        """What the listener can know of it."""
+        return NotificationInfo(
+            id=self.taken.id or None,
+            channel=self.taken.channel,
+            listener=self.listener.name,
+            operation=self.taken.operation,
+            created_at=self.taken.created_at,
+            retries=self.taken.retries,
+            context=dict(self.taken.context or {}),
+            db_version=self.taken.db_version,
+            _acknowledge=self.acknowledge,
+        )
+
+    def injected(self) -> dict[str, Any]:
+        """Return context and notification, where the listener declares them."""
+        wanted = self.listener.injected
+        values: dict[str, Any] = {}
+        if "context" in wanted:
+            values["context"] = dict(self.taken.context or {})
+        if "notification" in wanted:
+            values["notification"] = self.notification
+        return values
+
+    def starting(self, task: ListenerTask) -> bool:
+        """Whether this call of the task is the notification's, not one that its listener makes."""
+        return not self._begun and task is self.task
+
+    def run(self, call: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """Run the listener and note what became of it; what it raised goes on to Celery's tracer."""
+        self._begun = True
+        try:
+            if self.undecodable is not None:
+                raise self.undecodable
+            result = self._invoke(call, kwargs)
+        except Retry as exc:
+            self._note(RETRY, exc)
+            raise
+        except Reject as exc:
+            self._note(RELEASED if exc.requeue else FAILED, exc)
+            if exc.requeue:
+                # A requeue here is the row's: the broker is not to send the message again.
+                raise Ignore("given back: rejected with requeue") from exc
+            raise
+        except Ignore:
+            # Retry(throw=False) and then Ignore: the wait was asked for.
+            self._note(DONE if self.retry_options is None else RETRY)
+            raise
+        except Exception as exc:
+            if not self.is_transient(exc):
+                self._note(FAILED, exc)
+                raise
+            self._note(RELEASED, exc)
+            raise Ignore(f"given back: {one_line(exc)}") from exc
+        self._note(DONE if self.retry_options is None else RETRY)
+        return result
+
+    def retry_signature(self, request: Any, *args: Any, **options: Any) -> Any:
+        """Return what `Task.retry` sends: here, a record of when the row is due again."""
+        if self.retry_message is not None:
+            return self.retry_message(request, **options)
+        return _RetryRecord(self, options)
+
+    def _note(self, outcome: str, error: BaseException | None = None) -> None:
+        self.outcome = outcome
+        self.error = error
+        if error is not None:
+            # Rendered now: the tracer clears the frames.
+            self.error_text = render_traceback(error)
+
+
+class _RetryRecord:
+    """Stands where Celery would send the retry's message."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
+
+    def __init__(self, run: Run, options: dict[str, Any]) -> None:
+        self._run = run
+        self._options = options
+
+    def apply_async(self) -> None:
+        self._run.retry_options = {name: self._options.get(name) for name in ("retries", "countdown", "eta")}
+
+
+def one_line(error: BaseException) -> str:
+    """Return the error's type and message in one line, without a statement's parameters."""
+    message = str(error)
+    if isinstance(error, StatementError) and error.orig is not None:
+        diagnostics = getattr(error.orig, "diag", None)
+        message = getattr(diagnostics, "message_primary", None) or str(error.orig)
+    text = " ".join(message.split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def render_traceback(error: BaseException) -> str:
+    """Return the traceback as text: no locals, and no parameters of SQL statements."""
+    cause = error
+    while cause is not None:
+        if isinstance(cause, StatementError):
+            cause.hide_parameters = True
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)  # type: ignore[assignment]
+    return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+
+
+def _never(_: Exception) -> bool:
+    return False
+
+
+class _Stack(threading.local):
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+
+
+_stack = _Stack()
+
+
+def current_run() -> Run | None:
+    """Return the innermost run of this thread, or None outside of one."""
+    return _stack.runs[-1] if _stack.runs else None
+
+
+@contextlib.contextmanager
+def entered(run: Run) -> Iterator[None]:
+    """Make `run` the thread's current one."""
+    _stack.runs.append(run)
+    try:
+        yield
+    finally:
+        _stack.runs.pop()
