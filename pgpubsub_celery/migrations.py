@@ -16,7 +16,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from pgpubsub_celery import models
 from pgpubsub_celery.errors import BindError, PgPubSubError
-from pgpubsub_celery.schema import VERSION, Names, function_statements, quote_identifier
+from pgpubsub_celery.schema import VERSION, Names, functions, quote_identifier
 from pgpubsub_celery.settings import Settings
 
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
@@ -50,8 +50,10 @@ def install(
                 text(f"INSERT INTO {names.installation} (id, version) VALUES (:id, :version)"),
                 {"id": installation, "version": VERSION},
             )
-        for sql in function_statements(names.schema, installation):
-            _execute(connection, sql)
+        for function in functions(names.schema, installation):
+            _execute(connection, function.create)
+            if not function.public:
+                _execute(connection, f"REVOKE ALL ON FUNCTION {names.prefix}{function.signature} FROM PUBLIC")
 
 
 def _tables(schema: str) -> MetaData:

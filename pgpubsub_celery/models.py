@@ -57,7 +57,10 @@ class Installation(_Base):
 
 
 class KnownChannel(_Base):
-    """A channel that `install` has seen: its doorbell's name and its earlier names."""
+    """A channel that `install` has seen: its doorbell's name and its earlier names.
+
+    A renamed channel has a row under each of its names, because bridges of the older release still listen to that.
+    """
 
     __tablename__ = "pgpubsub_channel"
 
@@ -65,10 +68,16 @@ class KnownChannel(_Base):
     aliases: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default=_EMPTY_ARRAY)
     listen_name: Mapped[str] = mapped_column(Text)
     stored: Mapped[bool] = mapped_column()
+    table_name: Mapped[str | None] = mapped_column(Text)
+    """For channels of table changes: the table, qualified and quoted. Only its triggers emit."""
 
 
 class Subscription(_Base):
-    """A listener of a channel. Emit stores one notification for each, so the set is exact at commit."""
+    """A listener of a channel. Emit stores one notification for each, so the set is exact at commit.
+
+    Renamed channels and listeners keep their row, and its id, with the earlier names in the aliases: an older release
+    finds it by the name that it knows.
+    """
 
     __tablename__ = "pgpubsub_subscription"
     __table_args__ = (UniqueConstraint("channel", "listener", name="pgpubsub_subscription_channel_listener_key"),)

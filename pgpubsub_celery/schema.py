@@ -11,6 +11,7 @@ are revoked from PUBLIC, so that a role without grants can neither forge a notif
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import uuid
 
 VERSION = 1
@@ -26,6 +27,12 @@ EMIT_FUNCTIONS = (
 def quote_identifier(name: str) -> str:
     """Return `name` as a quoted SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def quote_literal(value: str) -> str:
+    """Return `value` as an SQL string literal, for DDL, where values cannot be bound."""
+    literal = "'" + value.replace("'", "''") + "'"
+    return " E" + literal.replace("\\", "\\\\") if "\\" in value else literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,54 +63,84 @@ class Names:
         return self.prefix + "pgpubsub_installation"
 
 
-def function_statements(schema: str, installation: uuid.UUID) -> list[str]:
-    """Return the CREATE OR REPLACE FUNCTION statements, in the order to run them."""
-    names = Names(schema)
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """One function: its signature, and the statements that create it."""
+
+    signature: str
+    """Name and argument types, without the schema."""
+    create: str
+    public: bool = False
+    """Whether everybody may execute it: only what neither reads nor writes anything."""
+
+    @property
+    def hash(self) -> str:
+        """A digest of its text, kept in its COMMENT, by which `install` and `check` see what is out of date."""
+        return hashlib.sha256(self.create.encode()).hexdigest()[:16]
+
+
+def functions(schema: str, installation: uuid.UUID) -> list[Function]:
+    """Return the functions in the order to create them."""
+    s = quote_identifier(schema) + "."
+    values = {"s": s, "installation": installation, "version_table": quote_literal(s + "alembic_version")}
     return [
-        template.format(s=names.prefix, installation=installation)
-        for template in (_INSTALLATION, _LOCK_KEY, _CONTEXT, _DB_VERSION, _RING, _SEND, _EMIT, _NOTIFY)
-    ] + [
-        f"REVOKE ALL ON FUNCTION {names.prefix}{signature} FROM PUBLIC"
-        for signature in (
-            "pgpubsub_ring(text)",
-            "pgpubsub_send(text, jsonb)",
-            "pgpubsub_context(jsonb)",
-            "pgpubsub_db_version()",
-            *EMIT_FUNCTIONS,
+        Function(signature, template.format(**values).strip(), public)
+        for signature, template, public in (
+            ("pgpubsub_installation()", _INSTALLATION, True),
+            ("pgpubsub_lock_key(text, text)", _LOCK_KEY, True),
+            ("pgpubsub_suppressed(text)", _SUPPRESSED, True),
+            ("pgpubsub_context(jsonb)", _CONTEXT, False),
+            ("pgpubsub_db_version()", _DB_VERSION, False),
+            ("pgpubsub_ring(text)", _RING, False),
+            ("pgpubsub_send(text, jsonb)", _SEND, False),
+            (EMIT_FUNCTIONS[1], _EMIT, False),
+            (EMIT_FUNCTIONS[0], _NOTIFY, False),
         )
     ]
 
 
 # A constant rather than a look-up: the planner folds it into the lock keys.
+# SQL-standard bodies (here and below) are resolved once, when created: no caller's search_path can change them.
 _INSTALLATION = """
 CREATE OR REPLACE FUNCTION {s}pgpubsub_installation() RETURNS uuid
-LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $function$ SELECT '{installation}'::uuid $function$
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN '{installation}'::pg_catalog.uuid
 """
 
 # Advisory lock keys: one bigint for each purpose (presence, keeper, door), channel and installation.
 _LOCK_KEY = """
 CREATE OR REPLACE FUNCTION {s}pgpubsub_lock_key(purpose text, channel text) RETURNS bigint
-LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $function$
-    SELECT pg_catalog.hashtextextended(purpose || ' ' || channel, pg_catalog.hashtextextended('{installation}', 0))
-$function$
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN pg_catalog.hashtextextended(
+    purpose OPERATOR(pg_catalog.||) ' ' OPERATOR(pg_catalog.||) channel,
+    pg_catalog.hashtextextended('{installation}', 0)
+)
+"""
+
+# Whether this transaction wants a channel's triggers silent (suppress_notifications): names, one a line, or * for all.
+_SUPPRESSED = """
+CREATE OR REPLACE FUNCTION {s}pgpubsub_suppressed(channel text) RETURNS boolean
+LANGUAGE sql STABLE PARALLEL SAFE RETURN coalesce(
+    ARRAY['*', channel]
+        OPERATOR(pg_catalog.&&) pg_catalog.string_to_array(pg_catalog.current_setting('pgpubsub.suppress', true), E'\\n'),
+    false
+)
 """
 
 # The transaction's context (set_notification_context) under what the call itself gave. A malformed setting never
 # aborts the writer: it is dropped. The block's subtransaction writes nothing, so it takes no transaction id.
 _CONTEXT = """
 CREATE OR REPLACE FUNCTION {s}pgpubsub_context(given jsonb DEFAULT NULL) RETURNS jsonb
-LANGUAGE plpgsql STABLE AS $function$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
-    setting text := pg_catalog.current_setting('pgpubsub.context', true);
+    setting text := current_setting('pgpubsub.context', true);
 BEGIN
     IF setting IS NULL OR setting = '' THEN
         RETURN given;
     END IF;
     BEGIN
-        IF pg_catalog.jsonb_typeof(setting::pg_catalog.jsonb) = 'object' THEN
-            RETURN setting::pg_catalog.jsonb || coalesce(given, '{{}}');
+        IF jsonb_typeof(setting::jsonb) = 'object' THEN
+            RETURN setting::jsonb || coalesce(given, '{{}}');
         END IF;
-    EXCEPTION WHEN data_exception THEN
+    EXCEPTION WHEN data_exception OR program_limit_exceeded THEN
         NULL;
     END;
     RETURN given;
@@ -111,19 +148,30 @@ END
 $function$
 """
 
-# Alembic's revision(s) at the time of the change; NULL where there is no version table or no right to read it.
+# Alembic's revision(s) at the time of the change; NULL where there is no version table. Beside our tables, else in
+# public. Only a table of the installing role's or a superuser's: reading anybody else's would run what they put there
+# (a view's functions, row security) with the rights of the installing role.
 _DB_VERSION = """
 CREATE OR REPLACE FUNCTION {s}pgpubsub_db_version() RETURNS text
-LANGUAGE plpgsql STABLE AS $function$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
+    beside oid := to_regclass({version_table});
+    found oid := coalesce(beside, to_regclass('public.alembic_version'));
     versions text;
 BEGIN
-    IF pg_catalog.to_regclass('public.alembic_version') IS NULL THEN
+    IF found IS NULL OR NOT EXISTS (
+        SELECT FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner
+        WHERE c.oid = found AND c.relkind = 'r' AND (r.rolname = current_user OR r.rolsuper)
+    ) THEN
         RETURN NULL;
     END IF;
     BEGIN
-        SELECT pg_catalog.string_agg(version_num, ',' ORDER BY version_num) INTO versions FROM public.alembic_version;
-    EXCEPTION WHEN insufficient_privilege OR undefined_table OR undefined_column THEN
+        IF beside IS NOT NULL THEN
+            SELECT string_agg(version_num, ',' ORDER BY version_num) INTO versions FROM {s}alembic_version;
+        ELSE
+            SELECT string_agg(version_num, ',' ORDER BY version_num) INTO versions FROM public.alembic_version;
+        END IF;
+    EXCEPTION WHEN insufficient_privilege OR undefined_table OR undefined_column OR undefined_function THEN
         NULL;
     END;
     RETURN versions;
@@ -133,16 +181,25 @@ $function$
 
 # The doorbell. Granted: the bridge is awake and this transaction is registered with it until its end, silently.
 # Refused: the bridge sleeps (or wants to), so NOTIFY. Locks are released after the commit is visible.
+# A renamed channel has a door under each of its names: bridges of both releases may be asleep.
+# No NOTIFY where it would fail the writer at its commit: the queue nearly full, or PREPARE TRANSACTION to come
+# (SET LOCAL pgpubsub.doorbell = 'off'). The bridge's sweep finds the rows then.
 _RING = """
 CREATE OR REPLACE FUNCTION {s}pgpubsub_ring(emitted text) RETURNS void
-LANGUAGE plpgsql AS $function$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     known record;
 BEGIN
-    FOR known IN SELECT c.name, c.listen_name FROM {s}pgpubsub_channel c WHERE c.name = emitted OR emitted = ANY (c.aliases)
+    FOR known IN
+        SELECT c.name, c.listen_name FROM {s}pgpubsub_channel c
+        WHERE c.name = emitted OR emitted = ANY (c.aliases)
+            OR c.name = ANY (ARRAY(SELECT unnest(r.aliases) FROM {s}pgpubsub_channel r WHERE r.name = emitted))
     LOOP
-        IF NOT pg_catalog.pg_try_advisory_xact_lock_shared({s}pgpubsub_lock_key('door', known.name)) THEN
-            PERFORM pg_catalog.pg_notify(known.listen_name, '');
+        IF NOT pg_try_advisory_xact_lock_shared({s}pgpubsub_lock_key('door', known.name))
+            AND current_setting('pgpubsub.doorbell', true) IS DISTINCT FROM 'off'
+            AND pg_notification_queue_usage() < 0.9
+        THEN
+            PERFORM pg_notify(known.listen_name, '');
         END IF;
     END LOOP;
 END
@@ -150,22 +207,36 @@ $function$
 """
 
 # NOTIFY carries at most 7,999 bytes and drops equal payloads of one transaction: longer messages go in numbered
-# chunks, and every message has an id. 1,900 characters are at most 7,600 bytes of UTF-8.
+# chunks, and every message has an id. 1,900 characters are at most 7,600 bytes. Chunks are cut from slices of the
+# message, because finding a place in a long text with characters of several bytes takes time in proportion to it.
 _SEND = """
 CREATE OR REPLACE FUNCTION {s}pgpubsub_send(listen_name text, message jsonb) RETURNS void
-LANGUAGE plpgsql AS $function$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
+    chunk_size CONSTANT int := 1900;
+    slice_chunks CONSTANT int := 100;
     body text := message::text;
-    id text := pg_catalog.gen_random_uuid()::text;
-    chunks int := pg_catalog.ceil(pg_catalog.length(body) / 1900.0)::int;
+    id text := gen_random_uuid()::text;
+    chunks int := ceil(length(body)::float8 / chunk_size)::int;
+    slice text;
 BEGIN
-    IF pg_catalog.octet_length(body) <= 7900 THEN
-        PERFORM pg_catalog.pg_notify(listen_name, id || ' 1 1 ' || body);
+    IF pg_notification_queue_usage() >= 0.9 THEN
+        RAISE WARNING 'pgpubsub: a message on % was dropped: the NOTIFY queue of this server is full', listen_name
+            USING HINT = 'A session that has executed LISTEN has a transaction open for long: see pg_stat_activity.';
         RETURN;
     END IF;
-    FOR chunk IN 1 .. chunks LOOP
-        PERFORM pg_catalog.pg_notify(
-            listen_name, id || ' ' || chunk || ' ' || chunks || ' ' || pg_catalog.substr(body, (chunk - 1) * 1900 + 1, 1900)
+    IF octet_length(body) <= 7900 THEN
+        PERFORM pg_notify(listen_name, id || ' 1 1 ' || body);
+        RETURN;
+    END IF;
+    FOR chunk IN 0 .. chunks - 1 LOOP
+        IF chunk % slice_chunks = 0 THEN
+            slice := substr(body, chunk * chunk_size + 1, slice_chunks * chunk_size);
+        END IF;
+        PERFORM pg_notify(
+            listen_name,
+            id || ' ' || chunk + 1 || ' ' || chunks || ' '
+                || substr(slice, (chunk % slice_chunks) * chunk_size + 1, chunk_size)
         );
     END LOOP;
 END
@@ -185,8 +256,12 @@ DECLARE
     version text := {s}pgpubsub_db_version();
     stored_rows bigint;
 BEGIN
-    SELECT c.name, c.listen_name, c.stored INTO known FROM {s}pgpubsub_channel c
+    SELECT c.name, c.listen_name, c.stored, c.table_name INTO known FROM {s}pgpubsub_channel c
         WHERE c.name = emitted OR emitted = ANY (c.aliases) ORDER BY c.name = emitted DESC LIMIT 1;
+    IF known.table_name IS NOT NULL THEN
+        RAISE EXCEPTION 'pgpubsub: channel % carries the changes of the table %, whose triggers emit them',
+            emitted, known.table_name USING HINT = 'Change the table, or declare a channel of its own for the message.';
+    END IF;
     IF NOT coalesce(is_stored, known.stored, true) THEN
         PERFORM {s}pgpubsub_send(coalesce(doorbell, known.listen_name), jsonb_build_object(
             'installation', {s}pgpubsub_installation(), 'channel', emitted, 'operation', 'message', 'payload', p.value,
@@ -216,11 +291,14 @@ $function$
 
 # The same for psql and services in other languages:
 #   SELECT pgpubsub_notify('blog.channels.PostReads', '{{"model_id": 1, "date": "2026-01-01"}}');
+# An unknown channel is stored all the same: its release may come later, and nothing is lost. But it is said.
 _NOTIFY = """
 CREATE OR REPLACE FUNCTION {s}pgpubsub_notify(
     channel text, payload jsonb, available_at timestamptz DEFAULT NULL, context jsonb DEFAULT NULL
 ) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    stored_rows bigint;
 BEGIN
     IF channel IS NULL OR channel = '' THEN
         RAISE EXCEPTION 'pgpubsub_notify: the channel is empty: give its name, for example ''blog.channels.PostReads''';
@@ -228,6 +306,14 @@ BEGIN
     IF jsonb_typeof(payload) IS DISTINCT FROM 'object' THEN
         RAISE EXCEPTION 'pgpubsub_notify: the payload of % is %: expected a JSON object of the channel''s fields',
             channel, coalesce(jsonb_typeof(payload), 'NULL');
+    END IF;
+    IF context IS NOT NULL AND jsonb_typeof(context) <> 'object' THEN
+        RAISE EXCEPTION 'pgpubsub_notify: the context is a JSON %: expected an object', jsonb_typeof(context);
+    END IF;
+    IF NOT EXISTS (
+        SELECT FROM {s}pgpubsub_channel c WHERE c.name = pgpubsub_notify.channel OR pgpubsub_notify.channel = ANY (c.aliases)
+    ) THEN
+        RAISE WARNING 'pgpubsub_notify: no channel named % is installed: stored until one is', channel;
     END IF;
     RETURN {s}pgpubsub_emit(channel, jsonb_build_array(payload), available_at, context, NULL, NULL);
 END
