@@ -75,7 +75,7 @@ class Broker:
                         publication(self._app, producer)
                     except self._outage_errors:
                         raise
-                    except Exception as exc:
+                    except Exception as exc:  # noqa: BLE001 - one message's error is its outcome
                         outcomes[position] = exc
         except Exception as exc:
             self.close()
@@ -90,7 +90,7 @@ class Broker:
         """Try to connect; None when the broker answers, else the error."""
         try:
             self._acquire()
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever the transport raises is the answer
             self.close()
             return exc
         return None

@@ -95,7 +95,9 @@ def read_operations(channel: type[Channel], on: str | Iterable[str] | None) -> t
     for word in [on] if isinstance(on, str) else list(on):
         known = (*TRIGGER_OPERATIONS, *_READINGS)
         if word not in known:
-            raise ListenerError(f"on={word!r} is not an operation: expected some of {', '.join(known)}.{did_you_mean(str(word), known)}")
+            raise ListenerError(
+                f"on={word!r} is not an operation: expected some of {', '.join(known)}.{did_you_mean(str(word), known)}"
+            )
         wanted.extend(_READINGS.get(word, (word,)))
     if not wanted:
         raise ListenerError(f"on={on!r} names no operation for {channel.name()}.")
@@ -117,7 +119,10 @@ def read_parameters(
     parameters = list(inspect.signature(function).parameters.values())
     if bound:
         if not parameters:
-            raise ListenerError(f"{function.__qualname__} has bind=True but no first parameter for the task: write def {function.__name__}(self, …).")
+            raise ListenerError(
+                f"{function.__qualname__} has bind=True but no first parameter for the task: "
+                f"write def {function.__name__}(self, …)."
+            )
         parameters = parameters[1:]
     fields: list[str] = []
     injected: set[str] = set()
@@ -136,7 +141,7 @@ def read_parameters(
         elif parameter.default is parameter.empty:
             names = (*known, *INJECTED)
             raise ListenerError(
-                f"{function.__qualname__} has the parameter {parameter.name!r}, which {channel.name()} has no field for: "
-                f"expected some of {', '.join(names)}.{did_you_mean(parameter.name, names)}"
+                f"{function.__qualname__} has the parameter {parameter.name!r}, which {channel.name()} has no field "
+                f"for: expected some of {', '.join(names)}.{did_you_mean(parameter.name, names)}"
             )
     return tuple(fields), frozenset(injected)

@@ -12,10 +12,12 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pgpubsub_celery.errors import DecodeError
-from pgpubsub_celery.store import Claimed
+
+if TYPE_CHECKING:
+    from pgpubsub_celery.store import Claimed
 
 KEYWORD = "pgpubsub"
 """The keyword argument that marks a call as the bridge's, and carries the envelope."""
@@ -65,7 +67,8 @@ class Envelope:
         try:
             if int(body["format"]) > FORMAT:
                 raise DecodeError(
-                    f"The message has format {body['format']}; this release reads up to {FORMAT}: upgrade the workers first."
+                    f"The message has format {body['format']}; this release reads up to {FORMAT}: "
+                    "upgrade the workers first."
                 )
             return cls(
                 installation=uuid.UUID(body["installation"]),

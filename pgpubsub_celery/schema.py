@@ -48,18 +48,22 @@ class Names:
 
     @property
     def notification(self) -> str:
+        """The qualified table of stored notifications."""
         return self.prefix + "pgpubsub_notification"
 
     @property
     def subscription(self) -> str:
+        """The qualified table of subscriptions: which listeners a channel has."""
         return self.prefix + "pgpubsub_subscription"
 
     @property
     def channel(self) -> str:
+        """The qualified table of installed channels."""
         return self.prefix + "pgpubsub_channel"
 
     @property
     def installation(self) -> str:
+        """The qualified table of this installation's one row."""
         return self.prefix + "pgpubsub_installation"
 
 
@@ -119,8 +123,8 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN pg_catalog.hashtextextended(
 _SUPPRESSED = """
 CREATE OR REPLACE FUNCTION {s}pgpubsub_suppressed(channel text) RETURNS boolean
 LANGUAGE sql STABLE PARALLEL SAFE RETURN coalesce(
-    ARRAY['*', channel]
-        OPERATOR(pg_catalog.&&) pg_catalog.string_to_array(pg_catalog.current_setting('pgpubsub.suppress', true), E'\\n'),
+    ARRAY['*', channel] OPERATOR(pg_catalog.&&)
+        pg_catalog.string_to_array(pg_catalog.current_setting('pgpubsub.suppress', true), E'\\n'),
     false
 )
 """
@@ -311,7 +315,8 @@ BEGIN
         RAISE EXCEPTION 'pgpubsub_notify: the context is a JSON %: expected an object', jsonb_typeof(context);
     END IF;
     IF NOT EXISTS (
-        SELECT FROM {s}pgpubsub_channel c WHERE c.name = pgpubsub_notify.channel OR pgpubsub_notify.channel = ANY (c.aliases)
+        SELECT FROM {s}pgpubsub_channel c
+        WHERE c.name = pgpubsub_notify.channel OR pgpubsub_notify.channel = ANY (c.aliases)
     ) THEN
         RAISE WARNING 'pgpubsub_notify: no channel named % is installed: stored until one is', channel;
     END IF;

@@ -33,8 +33,7 @@ def sync_url(url: str | URL, *, setting: str = "database_url") -> URL:
         parsed = make_url(url)
     except ArgumentError:
         raise SettingsError(
-            f"{setting} is not a database URL: expected something like "
-            "'postgresql://user:password@host:5432/name'."
+            f"{setting} is not a database URL: expected something like 'postgresql://user:password@host:5432/name'."
         ) from None
     if parsed.get_backend_name() != "postgresql":
         raise SettingsError(
@@ -106,18 +105,22 @@ class Settings:
         if self.failed_retention is not None:
             self._number("failed_retention", above=0)
         if self.lease_max < self.lease:
-            raise SettingsError(f"lease_max is {self.lease_max:g} s, less than lease ({self.lease:g} s): raise lease_max.")
+            raise SettingsError(
+                f"lease_max is {self.lease_max:g} s, less than lease ({self.lease:g} s): raise lease_max."
+            )
         if self.heartbeat_interval * 2 > self.lease:
             raise SettingsError(
-                f"heartbeat_interval is {self.heartbeat_interval:g} s: with a lease of {self.lease:g} s it must be at most "
-                f"{self.lease / 2:g} s, so that one missed beat does not lose the lease."
+                f"heartbeat_interval is {self.heartbeat_interval:g} s: with a lease of {self.lease:g} s it must be "
+                f"at most {self.lease / 2:g} s, so that one missed beat does not lose the lease."
             )
         if not isinstance(self.schema, str) or not self.schema or len(self.schema.encode()) > 63:
             raise SettingsError(f"schema is {self.schema!r}: expected a schema name of 1 to 63 bytes.")
         if not isinstance(self.task_options, Mapping):
             raise SettingsError(f"task_options is {self.task_options!r}: expected a dict of Celery task options.")
 
-    def _number(self, name: str, *, above: float | None = None, least: float | None = None, whole: bool = False) -> None:
+    def _number(
+        self, name: str, *, above: float | None = None, least: float | None = None, whole: bool = False
+    ) -> None:
         value = getattr(self, name)
         kind = int if whole else (int, float)
         fits = (
@@ -168,7 +171,8 @@ class Settings:
         """Return `database_url` for psycopg2; SettingsError with the three places to set it when there is none."""
         if self.database_url is None:
             raise SettingsError(
-                "No database is configured: set PGPUBSUB_DATABASE_URL, Celery's pgpubsub_database_url, or pass --database-url."
+                "No database is configured: set PGPUBSUB_DATABASE_URL, Celery's pgpubsub_database_url, "
+                "or pass --database-url."
             )
         return sync_url(self.database_url)
 

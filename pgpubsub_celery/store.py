@@ -79,7 +79,10 @@ class Taken:
     retries: int
 
 
-_TAKEN = "n.id, n.channel, n.subscription, n.operation, n.payload, n.context, n.created_at, n.db_version, n.dispatches, n.starts, n.retries"
+_TAKEN = (
+    "n.id, n.channel, n.subscription, n.operation, n.payload, n.context, n.created_at, n.db_version, n.dispatches, "
+    "n.starts, n.retries"
+)
 
 
 class Store:
@@ -433,8 +436,8 @@ WITH quota AS MATERIALIZED (
         ) flying
     ) AS in_flight
     FROM unnest(
-        CAST(:subscriptions AS int[]), CAST(:limits AS int[]), CAST(:leases AS float8[]), CAST(:lease_maxima AS float8[]),
-        CAST(:payloads AS boolean[])
+        CAST(:subscriptions AS int[]), CAST(:limits AS int[]), CAST(:leases AS float8[]),
+        CAST(:lease_maxima AS float8[]), CAST(:payloads AS boolean[])
     ) AS q (subscription, most, lease, lease_max, with_payload)
 ), lost AS MATERIALIZED (
     SELECT l.id FROM quota q CROSS JOIN (VALUES ('dispatched'), ('running')) AS flying (state) CROSS JOIN LATERAL (
@@ -457,7 +460,8 @@ WITH quota AS MATERIALIZED (
             ELSE now() + make_interval(secs => least(q.lease * power(2, least(n.dispatches, 30)), q.lease_max)) END,
         failed_at = CASE WHEN n.starts >= :max_starts THEN now() END,
         error = CASE WHEN n.starts >= :max_starts THEN
-            'started ' || n.starts || ' times and never finished: its worker was lost each time (killed, out of memory, or power)'
+            'started ' || n.starts
+            || ' times and never finished: its worker was lost each time (killed, out of memory, or power)'
         END
     FROM quota q
     WHERE n.id = ANY (ARRAY(SELECT id FROM lost UNION ALL SELECT id FROM fresh)) AND q.subscription = n.subscription
@@ -491,8 +495,8 @@ WHERE n.subscription IS NULL AND n.channel = f.name AND n.operation = ANY (f.ope
 
 _HOLD = """
 UPDATE {n} n SET state = 'held'
-WHERE n.subscription = ANY (CAST(:subscriptions AS int[])) AND n.state = 'waiting' AND n.dispatches = 0 AND n.retries = 0
-    AND n.available_at <= now()
+WHERE n.subscription = ANY (CAST(:subscriptions AS int[])) AND n.state = 'waiting'
+    AND n.dispatches = 0 AND n.retries = 0 AND n.available_at <= now()
 """
 
 # A recovered failed row keeps dispatches above zero, so that it travels alone.
@@ -605,7 +609,8 @@ WHERE n.id = ANY (CAST(:ids AS bigint[])) AND """
 )
 
 _RELEASE = """
-UPDATE {n} n SET state = 'waiting', available_at = now() + make_interval(secs => :delay), starts = greatest(0, n.starts - :started)
+UPDATE {n} n SET state = 'waiting', available_at = now() + make_interval(secs => :delay),
+    starts = greatest(0, n.starts - :started)
 WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'dispatched' AND n.dispatches = :dispatches
 RETURNING n.id
 """

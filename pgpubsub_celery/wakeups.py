@@ -53,9 +53,11 @@ def bridge_engine(url: URL) -> Engine:
 class Stopping(Protocol):
     """What tells the bridge to stop: an event that select() can wait for."""
 
-    def is_set(self) -> bool: ...
+    def is_set(self) -> bool:
+        """Whether to stop."""
 
-    def fileno(self) -> int: ...
+    def fileno(self) -> int:
+        """Return what becomes readable when it is set."""
 
 
 class Link:

@@ -142,7 +142,7 @@ class EmbeddedPostgres(EmbeddedServer):
         self._bin_dir = self._reachable_bin_dir(_postgres_bin_dir(self._bin_dir))
         if (self._data / "PG_VERSION").exists():
             return
-        command = [self._bin_dir / "initdb", "-D", self._data, "-U", "postgres", "--auth=trust"]
+        command: list[str | Path] = [self._bin_dir / "initdb", "-D", self._data, "-U", "postgres", "--auth=trust"]
         command += ["--encoding=UTF8", "--no-locale"]
         if not self._fsync or self._temporary:
             command.append("--no-sync")
@@ -226,7 +226,7 @@ def _unprivileged_account() -> pwd.struct_passwd | None:
         if name == POSTGRES_ACCOUNT:
             # Fails when it exists, which is fine, and where there is no useradd: then `nobody` has to do.
             with contextlib.suppress(OSError):
-                subprocess.run(["useradd", "--system", name], capture_output=True, check=False)
+                subprocess.run(["useradd", "--system", name], capture_output=True, check=False)  # noqa: S607 - in /sbin or /usr/sbin
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name)
     raise EmbeddedServerError(

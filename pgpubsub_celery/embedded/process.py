@@ -39,7 +39,7 @@ class _Spawner(threading.Thread):
             future, function = self._requests.get()
             try:
                 future.set_result(function())
-            except BaseException as error:  # whatever it is, it belongs to the caller
+            except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the caller
                 future.set_exception(error)
             del future, function  # a popen kept here would be kept until the next request
 
@@ -72,7 +72,8 @@ def start_process(
                 os._exit(1)
 
     def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent, **options)
+        # The function does two system calls and takes no lock: nothing that another thread could hold.
+        return subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent, **options)  # noqa: PLW1509
 
     with _spawner_lock:
         if _spawner is None or _spawner.pid != parent:  # a fork does not take threads along

@@ -208,7 +208,7 @@ class EmbeddedServer(abc.ABC):
                 )
         else:
             new = True
-            places = [tempfile.gettempdir(), "/tmp", "/var/tmp"]
+            places = [tempfile.gettempdir(), "/tmp", "/var/tmp"]  # noqa: S108 - mkdtemp makes the folder
             parent = next((place for place in places if reachable(Path(place), self._account)), None)
             directory = Path(tempfile.mkdtemp(prefix=f"pgpubsub-{self.name.lower()}-", dir=parent))
         if new and self._account is not None:
@@ -221,6 +221,7 @@ class EmbeddedServer(abc.ABC):
         return {"user": self._account.pw_uid, "group": self._account.pw_gid, "extra_groups": []}
 
     def _start_somewhere(self) -> int:
+        port = 0
         for _ in range(PORT_ATTEMPTS):
             port = free_port()
             with contextlib.suppress(PortTaken):
