@@ -1,0 +1,48 @@
+# Needs Python 3.10 or newer (with venv) and make; everything else comes into .venv.
+#   make PYTHON=python3.13 …        another Python for the virtual environment
+#   make test ARGS='-k doorbell'    more arguments for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+CHAOS_SECONDS ?= 300
+
+BIN := $(VENV)/bin
+# Touched last: an interrupted installation is done again, a finished one costs nothing and needs no network.
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format chaos clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## Show notifications become finished tasks: Postgres, Valkey, bridge and worker as real processes
+	$(BIN)/pgpubsub-bridge demo --once
+
+test: $(STAMP) ## Run all tests, with their own Postgres and Valkey
+	$(BIN)/python -m pytest -q --durations=10 $(ARGS)
+
+lint: $(STAMP) ## Check style, format, types and import layers
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## Format the code, and fix what ruff can fix
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+chaos: $(STAMP) ## Kill and cut at random, for CHAOS_SECONDS (300) each test
+	$(BIN)/python -m pytest --timeout=3600 --chaos-seconds=$(CHAOS_SECONDS) tests/chaos $(ARGS)
+
+clean: ## Remove caches and build products; the virtual environment stays
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	find pgpubsub_celery tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "$(PYTHON) is older than Python 3.10: make PYTHON=python3.13 $(MAKECMDGOALS)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
