@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery
 from sqlalchemy.exc import DBAPIError
 
-from pgpubsub_celery import migrations
+from pgpubsub_celery import subscriptions
 from pgpubsub_celery.apps import load_app
 from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.channels import Channel, select_channels
@@ -151,7 +151,7 @@ class Bridge:
     def _subscribe(self, link: Link) -> dict[int, Listener]:
         wanted = {channel.name() for channel in self._stored}
         mine = [listener for listener in registered_listeners() if listener.channel.name() in wanted]
-        return migrations.register_subscriptions(link.claims, self._settings.schema, mine)
+        return subscriptions.register(link.claims, self._settings.schema, mine)
 
     def _start(self, link: Link, listeners: Mapping[int, Listener]) -> None:
         """Hold or recover what was stored before, and say so; then say that it listens."""

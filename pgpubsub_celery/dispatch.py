@@ -20,10 +20,11 @@ from sqlalchemy import Connection
 
 from pgpubsub_celery.broker import Broker, Publication
 from pgpubsub_celery.channels import Channel
-from pgpubsub_celery.emit import EnqueuedTask, load_signature
+from pgpubsub_celery.emit import EnqueuedTask
 from pgpubsub_celery.listeners import Listener, listeners_of
 from pgpubsub_celery.messages import Address, Envelope, Message, build_messages
 from pgpubsub_celery.runs import one_line
+from pgpubsub_celery.signatures import publish_signature
 from pgpubsub_celery.store import Claimed, Store
 
 logger = logging.getLogger(__name__)
@@ -166,4 +167,4 @@ def _describe(message: Message, count: int) -> str:
 
 
 def _publish_enqueued(row: Claimed, app: Celery, producer: Producer) -> None:
-    load_signature(row.payload, app).apply_async(producer=producer, retry=False, add_to_parent=False)
+    publish_signature(row.payload, app, producer)

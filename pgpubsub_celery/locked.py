@@ -38,8 +38,9 @@ SETTLE_LOCK_TIMEOUT = "5s"
 
 # A savepoint cures these; the others end the transaction.
 _CURABLE = {"40P01": "deadlock", "55P03": "lock not available"}
-# These end it: a serialization failure, and a savepoint that found no transaction around it.
-_FATAL = {"40001", "25P01"}
+_SERIALIZATION = "40001"
+# A savepoint that is not there, or outside of any transaction: the listener has ended ours behind our back.
+_ENDED_STATES = {"3B001", "25P01"}
 _IDLE_TIMEOUT = "25P03"
 
 _ENDED = (
@@ -51,6 +52,11 @@ _ENDING_STATEMENT = re.compile(
     r"(?:commit|end|abort|begin|start\s+transaction|prepare\s+transaction|rollback(?!\s+(?:work\s+|transaction\s+)?to\b))\b",
     re.IGNORECASE | re.DOTALL,
 )
+
+
+def sqlstate(exc: DBAPIError) -> str | None:
+    """Return the SQLSTATE of a driver's error, or None when it did not come from the server."""
+    return getattr(exc.orig, "pgcode", None) or getattr(exc.orig, "sqlstate", None)
 
 
 class LockedDelivery(Delivery):
@@ -76,7 +82,7 @@ class LockedDelivery(Delivery):
         """Run one transaction's worth; False when the message's rest is to be given back."""
         chunk, settled = self.begin(lambda: self._transact(ids, started))
         if not settled:
-            self._settle_apart(chunk.runs, chunk.left)
+            self._settle_apart(chunk.runs, chunk.left, chunk.number)
         return not chunk.cut_short
 
     def _transact(self, ids: Sequence[int], started: float) -> tuple[_Chunk, bool]:
@@ -103,19 +109,43 @@ class LockedDelivery(Delivery):
         if released or any(run.outcome == RETRY for run in each):
             self.runtime.ring(connection, [self.listener.channel.name()])
 
-    def _settle_apart(self, each: Sequence[Run], left: Sequence[int]) -> None:
-        """After the transaction was lost: effects are gone, so what was done is given back and comes again alone."""
-        for run in each:
-            if run.outcome == DONE:
-                run.outcome = RELEASED
+    def _settle_apart(self, each: Sequence[Run], left: Sequence[int], number: int = 0) -> None:
+        """After transaction `number` was lost, which can have been committed all the same, by a listener or in time.
+
+        Then what was done is acknowledged. Else its effects are gone, so it is given back and comes again, alone. Only rows
+        that are still there as we took them are changed, after waiting for a commit that is still under way.
+        """
         if not each and not left:
             return
         try:
             with self.runtime.connect() as connection, connection.begin():
                 connection.execute(text(f"SET LOCAL lock_timeout = '{SETTLE_LOCK_TIMEOUT}'"))
+                done = [run for run in each if run.outcome == DONE]
+                if done and self.store.was_committed(connection, number):
+                    ids = [run.taken.id for run in done]
+                    self.store.acknowledge_committed(connection, ids, self.envelope.dispatches)
+                else:
+                    for run in done:
+                        run.outcome = RELEASED
+                self._blame_pauses(connection, each)
                 self.write(connection, each, left)
         except DBAPIError as exc:
             logger.warning("Giving notifications back failed; their lease does it: %s", exc.orig)
+
+
+    def _blame_pauses(self, connection: Connection, each: Sequence[Run]) -> None:
+        """A listener that pauses for too long inside its transaction loses its connection, and would the next time."""
+        lost = [run for run in each if isinstance(run.error, DBAPIError) and run.error.connection_invalidated]
+        if not lost:
+            return
+        timeout = self.store.idle_timeout(connection)
+        for run in lost:
+            if timeout and run.seconds >= timeout:
+                run.outcome = FAILED
+                run.error = TransactionEndedError(
+                    f"The listener's connection was lost after {run.seconds:.1f} s, with idle_in_transaction_session_timeout at "
+                    f"{timeout:g} s: do slow work in a listener without `session`, or raise the timeout."
+                )
 
 
 class _Chunk:
@@ -128,7 +158,8 @@ class _Chunk:
         self._connection = connection
         self._transaction = transaction
         self._started = started
-        self._number = 0
+        self.number = 0
+        """The transaction's id."""
         self.runs: list[Run] = []
         self.left: list[int] = []
         """Rows taken and not come to."""
@@ -140,7 +171,7 @@ class _Chunk:
     def run(self, ids: Sequence[int]) -> None:
         """Lock the rows that are still the message's and run them in order, as far as that makes sense."""
         delivery = self._delivery
-        rows, self._number = delivery.store.take_locked(self._connection, ids, delivery.envelope.dispatches)
+        rows, self.number = delivery.store.take_locked(self._connection, ids, delivery.envelope.dispatches)
         arguments = delivery.decode(rows, self._connection)
         for position, (row, one) in enumerate(zip(rows, arguments, strict=True)):
             run = self._run_one(row, one)
@@ -176,14 +207,14 @@ class _Chunk:
             return not self._delivery.single
         if not isinstance(exc, DBAPIError):
             return False
-        state = getattr(exc.orig, "pgcode", None) or getattr(exc.orig, "sqlstate", None)
+        state = sqlstate(exc)
         if state in _CURABLE:
             return True
         if state == _IDLE_TIMEOUT:
             # Its own pause was too long for the server: that would be so the next time, too.
             self._transaction.lose()
             return False
-        if state in _FATAL or exc.connection_invalidated or self._connection.invalidated:
+        if state == _SERIALIZATION or exc.connection_invalidated or self._connection.invalidated:
             self._transaction.lose()
             return True
         return False
@@ -195,7 +226,7 @@ class _Chunk:
         self.settled = True
 
     def _acknowledge(self, ids: Sequence[int]) -> None:
-        deleted = self._delivery.store.acknowledge_locked(self._connection, ids, self._number)
+        deleted = self._delivery.store.acknowledge_locked(self._connection, ids, self.number)
         if deleted != len(ids):
             raise TransactionEndedError(_ENDED)
 
@@ -212,25 +243,10 @@ class _Chunk:
             self._delivery.write(self._connection, self.runs, self.left)
             # If we die before this, nothing happened: the locks go with the connection, the lease gives the rows back.
             self._transaction.commit()
-        except TransactionEndedError as exc:
-            logger.error("Notifications %s of %s: %s", done, self._delivery.listener.channel.name(), exc)
-            return self._transaction_was_committed(done)
-        except DBAPIError as exc:
-            # Refused, or lost with an unknown outcome: the rows' presence is the truth. What follows changes only rows
-            # that are still there as we took them, and waits for a commit that is still under way.
-            logger.warning(
-                "A transaction of %d notification(s) was not committed: %s", len(self.runs), runs.one_line(exc)
-            )
+        except (TransactionEndedError, DBAPIError) as exc:
+            # Refused, or lost with an unknown outcome: the rows' presence is the truth.
+            logger.warning("A transaction of %d notification(s) was not committed: %s", len(self.runs), runs.one_line(exc))
             return False
-        return True
-
-    def _transaction_was_committed(self, done: Sequence[int]) -> bool:
-        """A listener ended the transaction behind our back: where that committed it, acknowledge what it did."""
-        if not self._delivery.store.was_committed(self._connection, self._number):
-            return False
-        self._delivery.store.acknowledge_committed(self._connection, done, self._delivery.envelope.dispatches)
-        self._delivery.write(self._connection, [run for run in self.runs if run.outcome != DONE], self.left)
-        self._transaction.commit()
         return True
 
 
@@ -251,11 +267,13 @@ class _Inside:
         assert run is not None
         session = self._delivery.runtime.session(self._connection)
         event.listen(session, "before_commit", self._note_commit)
+        started = time.monotonic()
         try:
             result = call(**kwargs, **run.injected(), session=session)
             self._returned = True
             self._finish(session)
         except BaseException:
+            run.seconds = time.monotonic() - started
             with contextlib.suppress(Exception):
                 session.rollback()
             raise
@@ -275,8 +293,15 @@ class _Inside:
             with self._connection.begin_nested() as savepoint:
                 self._connection.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
                 savepoint.rollback()
-        session.commit()
+        try:
+            session.commit()
+        except DBAPIError as exc:
+            if sqlstate(exc) in _ENDED_STATES:
+                self._transaction.lose()
+                raise TransactionEndedError(_ENDED) from exc
+            raise
         if not self._transaction.alive():
+            self._transaction.lose()
             raise TransactionEndedError(_ENDED)
 
     def _note_commit(self, session: Session) -> None:

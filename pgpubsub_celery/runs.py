@@ -92,6 +92,8 @@ class Run:
         self.outcome = PENDING
         self.error: BaseException | None = None
         self.error_text: str | None = None
+        self.seconds = 0.0
+        """How long a listener that did not return had been running."""
         self.retry_options: dict[str, Any] | None = None
         """What `retry()` asked for: retries, countdown, eta."""
         self.undecodable: Exception | None = None

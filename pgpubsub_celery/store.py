@@ -22,6 +22,29 @@ TRACEBACK_LIMIT = 20_000
 ERROR_LIMIT = 2_000
 
 
+BOUND_SECONDS = 30.0
+"""How long a drain may go without looking at everything once more."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bound:
+    """Where the last claim of a drain stood in one subscription, so that the next one begins there.
+
+    Under an old snapshot (a dump, a report) the rows that a drain has finished stay in the index, dead. Without a bound
+    each claim wades through all of them: 8 ms grew to 33 ms after 100,000 rows.
+    """
+
+    waiting: tuple[datetime.datetime, int] | None
+    """`available_at` and id of the last waiting row claimed. What commits later with an earlier time has to wait for the
+    drain's end, or for `BOUND_SECONDS`."""
+    flying: datetime.datetime
+    """No lease of the rows in flight ends before this."""
+    seen: datetime.datetime
+    """When, in database time. No lease given since ends before this."""
+    began: datetime.datetime
+    """When the drain's first claim was, which looked at everything."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quota:
     """How much of one subscription a claim may take, and under which lease."""
@@ -33,6 +56,8 @@ class Quota:
     lease_max: float
     with_payload: bool = False
     """Payloads are returned only where the message must carry them (`acknowledge="published"`)."""
+    bound: Bound | None = None
+    """What the last claim returned in `bounds`, if it did."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +72,8 @@ class Claimed:
     created_at: datetime.datetime
     payload: Any = None
     context: Any = None
+    was_lost: bool = False
+    """It had been published before, and its lease ran out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +87,8 @@ class Claim:
     """How many of the rows had been published before and their lease ran out."""
     in_flight: Mapping[int, int]
     """Published and not yet acknowledged, before this claim, for each subscription."""
+    bounds: Mapping[int, Bound]
+    """For the next claim's quotas: the subscriptions of which this one may have left something."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,8 +160,10 @@ class Store:
         """Put due rows under lease and return them: expired leases first, then waiting ones in order.
 
         One statement; the caller's connection is in autocommit, so the lease is committed before anything is
-        published. Uses pgpubsub_notification_claim_idx; locks the claimed rows, skips what others have locked.
+        published. Uses pgpubsub_notification_claim_idx; locks the claimed rows, skips what others have locked. Two
+        claims at once count the same rows in flight: together they may exceed a limit, each by its own share.
         """
+        bounds = [q.bound for q in quotas]
         result = connection.execute(
             self._claim,
             {
@@ -141,35 +172,25 @@ class Store:
                 "leases": [q.lease for q in quotas],
                 "lease_maxima": [q.lease_max for q in quotas],
                 "payloads": [q.with_payload for q in quotas],
+                "waiting_at": [b and b.waiting and b.waiting[0] for b in bounds],
+                "waiting_id": [b and b.waiting and b.waiting[1] for b in bounds],
+                "flying": [b and b.flying for b in bounds],
+                "expired": [b and min(b.flying, b.seen) for b in bounds],
                 "batch_size": batch_size,
                 "max_starts": max_starts,
             },
-        )
-        rows: list[Claimed] = []
-        failed = lost = 0
-        in_flight: dict[int, int] = {}
-        for row in result:
-            if row.id is None:
-                in_flight[row.subscription] = row.in_flight
-            elif row.state == "failed":
-                failed += 1
-            else:
-                lost += row.was_lost
-                rows.append(
-                    Claimed(
-                        id=row.id,
-                        subscription=row.subscription,
-                        dispatches=row.dispatches,
-                        retries=row.retries,
-                        operation=row.operation,
-                        created_at=row.created_at,
-                        payload=row.payload,
-                        context=row.context,
-                    )
-                )
+        ).all()
+        claimed = [row for row in result if row.id is not None]
         # UPDATE … RETURNING has no order; ids follow the order in which the rows were stored.
-        rows.sort(key=lambda claimed: claimed.id)
-        return Claim(rows=rows, failed=failed, lost=lost, in_flight=in_flight)
+        rows = sorted((_claimed(row) for row in claimed if row.state != "failed"), key=lambda row: row.id)
+        stands = {row.subscription: row for row in result if row.id is None}
+        return Claim(
+            rows=rows,
+            failed=len(claimed) - len(rows),
+            lost=sum(row.was_lost for row in rows),
+            in_flight={subscription: stand.in_flight for subscription, stand in stands.items()},
+            bounds=_bounds(quotas, claimed, stands, full=len(claimed) >= batch_size),
+        )
 
     def next_due(self, connection: Connection, subscriptions: Sequence[int]) -> float | None:
         """Return the seconds until the earliest waiting row or lease end of these, or None. One index probe each."""
@@ -247,6 +268,10 @@ class Store:
     def has_deferrable(self, connection: Connection) -> bool:
         """Whether any constraint of the database can be checked as late as COMMIT."""
         return bool(connection.execute(_HAS_DEFERRABLE).scalar())
+
+    def idle_timeout(self, connection: Connection) -> float:
+        """Return the seconds that a session of this role may be idle inside a transaction; 0 for no limit."""
+        return float(connection.execute(_IDLE_TIMEOUT).scalar_one()) / 1000
 
     def was_committed(self, connection: Connection, transaction: int) -> bool:
         """Whether the transaction that took the rows has committed, by somebody else's doing."""
@@ -404,6 +429,49 @@ def shorten(value: str, limit: int) -> str:
     return f"{value[:head]}\n… {len(value) - limit} characters left out …\n{value[-(limit - head) :]}"
 
 
+def _claimed(row: Any) -> Claimed:
+    return Claimed(
+        id=row.id,
+        subscription=row.subscription,
+        dispatches=row.dispatches,
+        retries=row.retries,
+        operation=row.operation,
+        created_at=row.created_at,
+        payload=row.payload,
+        context=row.context,
+        was_lost=row.was_lost,
+    )
+
+
+def _bounds(
+    quotas: Sequence[Quota], claimed: Sequence[Any], stands: Mapping[int, Any], *, full: bool
+) -> dict[int, Bound]:
+    """Return where the claim stood in the subscriptions that it may have left something of.
+
+    A claim that took less than it was allowed ends the drain: the next one looks at everything. So a bound that is
+    wrong, because the clock was set back say, cures itself.
+    """
+    fresh: dict[int, list[Any]] = {}
+    for row in claimed:
+        if not row.was_lost:
+            fresh.setdefault(row.subscription, []).append(row)
+    bounds = {}
+    for quota in quotas:
+        stand, rows, before = stands[quota.subscription], fresh.get(quota.subscription, []), quota.bound
+        lease_end = stand.now + datetime.timedelta(seconds=quota.lease)
+        began = stand.now if before is None else before.began
+        in_time = datetime.timedelta(0) <= stand.now - began < datetime.timedelta(seconds=BOUND_SECONDS)
+        if in_time and (full or stand.in_flight + len(rows) >= quota.limit):
+            bounds[quota.subscription] = Bound(
+                waiting=max(((row.due, row.id) for row in rows), default=before and before.waiting),
+                # What is in flight now, or will be from now on.
+                flying=min(stand.earliest or lease_end, lease_end),
+                seen=stand.now,
+                began=began,
+            )
+    return bounds
+
+
 def _taken(row: Any) -> Taken:
     return Taken(
         id=row.id,
@@ -425,32 +493,44 @@ def _sql(template: str, **names: str) -> TextClause:
 
 
 # `= ANY (ARRAY(…))` rather than IN: the latter turns to a sequential scan at larger batches.
-# in_flight is counted by the same statement (index only, at most a quota's worth of entries).
+# in_flight is counted by the same statement, from the index, at most a quota's worth of entries of each state.
 _CLAIM = """
 WITH quota AS MATERIALIZED (
-    SELECT q.*, (
-        SELECT count(*) FROM (
-            (SELECT 1 FROM {n} f WHERE f.subscription = q.subscription AND f.state = 'dispatched' LIMIT q.most)
-            UNION ALL
-            (SELECT 1 FROM {n} f WHERE f.subscription = q.subscription AND f.state = 'running' LIMIT q.most)
-        ) flying
-    ) AS in_flight
-    FROM unnest(
-        CAST(:subscriptions AS int[]), CAST(:limits AS int[]), CAST(:leases AS float8[]),
-        CAST(:lease_maxima AS float8[]), CAST(:payloads AS boolean[])
-    ) AS q (subscription, most, lease, lease_max, with_payload)
+    SELECT q.*, flying.in_flight, flying.earliest
+    FROM (
+        SELECT subscription, most, lease, lease_max, with_payload,
+            coalesce(waiting_at, '-infinity') AS waiting_at, coalesce(waiting_id, 0) AS waiting_id,
+            coalesce(flying, '-infinity') AS flying_from, coalesce(expired, '-infinity') AS expired_from
+        FROM unnest(
+            CAST(:subscriptions AS int[]), CAST(:limits AS int[]), CAST(:leases AS float8[]),
+            CAST(:lease_maxima AS float8[]), CAST(:payloads AS boolean[]), CAST(:waiting_at AS timestamptz[]),
+            CAST(:waiting_id AS bigint[]), CAST(:flying AS timestamptz[]), CAST(:expired AS timestamptz[])
+        ) AS q (subscription, most, lease, lease_max, with_payload, waiting_at, waiting_id, flying, expired)
+    ) q CROSS JOIN LATERAL (
+        SELECT count(*) AS in_flight, min(f.available_at) AS earliest
+        FROM (VALUES ('dispatched'), ('running')) AS states (state) CROSS JOIN LATERAL (
+            SELECT c.available_at FROM {n} c
+            WHERE c.subscription = q.subscription AND c.state = states.state AND c.available_at >= q.flying_from
+            ORDER BY c.available_at, c.id LIMIT q.most
+        ) f
+    ) flying
 ), lost AS MATERIALIZED (
-    SELECT l.id FROM quota q CROSS JOIN (VALUES ('dispatched'), ('running')) AS flying (state) CROSS JOIN LATERAL (
-        SELECT c.id FROM {n} c
-        WHERE c.subscription = q.subscription AND c.state = flying.state AND c.available_at <= now()
+    SELECT l.id, l.available_at FROM quota q CROSS JOIN (VALUES ('dispatched'), ('running')) AS flying (state)
+    CROSS JOIN LATERAL (
+        SELECT c.id, c.available_at FROM {n} c
+        WHERE c.subscription = q.subscription AND c.state = flying.state
+            AND c.available_at >= q.expired_from AND c.available_at <= now()
         ORDER BY c.available_at, c.id LIMIT least(q.most, :batch_size) FOR UPDATE SKIP LOCKED
     ) l LIMIT :batch_size
 ), fresh AS MATERIALIZED (
-    SELECT w.id FROM quota q CROSS JOIN LATERAL (
-        SELECT c.id FROM {n} c
-        WHERE c.subscription = q.subscription AND c.state = 'waiting' AND c.available_at <= now()
+    SELECT w.id, w.available_at FROM quota q CROSS JOIN LATERAL (
+        SELECT c.id, c.available_at FROM {n} c
+        WHERE c.subscription = q.subscription AND c.state = 'waiting'
+            AND (c.available_at, c.id) >= (q.waiting_at, q.waiting_id) AND c.available_at <= now()
         ORDER BY c.available_at, c.id LIMIT greatest(0, least(q.most - q.in_flight, :batch_size)) FOR UPDATE SKIP LOCKED
-    ) w LIMIT :batch_size
+    ) w LIMIT greatest(0, :batch_size - (SELECT count(*) FROM lost))
+), picked AS (
+    SELECT id, available_at AS due, true AS was_lost FROM lost UNION ALL SELECT id, available_at, false FROM fresh
 ), claimed AS (
     UPDATE {n} n SET
         state = CASE WHEN n.starts >= :max_starts THEN 'failed' ELSE 'dispatched' END,
@@ -460,17 +540,16 @@ WITH quota AS MATERIALIZED (
             ELSE now() + make_interval(secs => least(q.lease * power(2, least(n.dispatches, 30)), q.lease_max)) END,
         failed_at = CASE WHEN n.starts >= :max_starts THEN now() END,
         error = CASE WHEN n.starts >= :max_starts THEN
-            'started ' || n.starts
-            || ' times and never finished: its worker was lost each time (killed, out of memory, or power)'
+            'started ' || n.starts || ' times and never finished: its worker was lost each time (killed, out of memory, or power)'
         END
     FROM quota q
-    WHERE n.id = ANY (ARRAY(SELECT id FROM lost UNION ALL SELECT id FROM fresh)) AND q.subscription = n.subscription
+    WHERE n.id = ANY (ARRAY(SELECT id FROM picked)) AND q.subscription = n.subscription
     RETURNING n.id, n.subscription, n.state, n.dispatches, n.retries, n.operation, n.created_at,
         CASE WHEN q.with_payload THEN n.payload END AS payload, CASE WHEN q.with_payload THEN n.context END AS context
 )
-SELECT c.*, EXISTS (SELECT 1 FROM lost WHERE lost.id = c.id)::int AS was_lost, NULL::bigint AS in_flight FROM claimed c
+SELECT c.*, p.due, p.was_lost, NULL AS in_flight, NULL AS earliest, NULL AS now FROM claimed c JOIN picked p ON p.id = c.id
 UNION ALL
-SELECT NULL, q.subscription, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, q.in_flight FROM quota q
+SELECT NULL, q.subscription, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, q.in_flight, q.earliest, now() FROM quota q
 """
 
 _NEXT_DUE = """
@@ -554,6 +633,10 @@ DELETE FROM {n} n WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'dispa
 """
 
 _HAS_DEFERRABLE = text("SELECT EXISTS (SELECT 1 FROM pg_catalog.pg_constraint WHERE condeferrable)")
+
+_IDLE_TIMEOUT = text(
+    "SELECT setting FROM pg_catalog.pg_settings WHERE name = 'idle_in_transaction_session_timeout'"
+)
 
 _XACT_STATUS = text("SELECT pg_catalog.pg_xact_status(CAST(:transaction AS xid8))")
 

@@ -498,8 +498,10 @@ def test_a_pause_too_long_for_the_server_is_the_listeners_failure(work: Work) ->
     """idle_in_transaction_session_timeout would strike the next time, too."""
     import select
 
+    (database,) = work.deliveries.scalars("SELECT current_database()")
+    work.deliveries.execute(f"ALTER DATABASE {database} SET idle_in_transaction_session_timeout = '50ms'")
+
     def do(task: Any, value: int, session: Session) -> None:
-        session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '20ms'"))
         select.select([session.connection().connection.driver_connection], [], [], 30)
         session.execute(text("SELECT 1"))
 
@@ -508,7 +510,7 @@ def test_a_pause_too_long_for_the_server_is_the_listeners_failure(work: Work) ->
     work.deliveries.run()
     (row,) = work.rows()
     assert row["state"] == "failed"
-    assert "idle-in-transaction timeout" in row["error"]
+    assert "idle_in_transaction_session_timeout" in row["error"]
 
 
 def test_a_deferred_constraint_fails_the_notification_that_broke_it(bundled: Work) -> None:
