@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -71,7 +71,8 @@ class EmbeddedPostgres(EmbeddedServer):
         self._paused = False
         self._options = dict(options)
         if not fsync:
-            self._options = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"} | self._options
+            # Nothing more: without synchronous_commit or full_page_writes a killed server would lose data too.
+            self._options = {"fsync": "off"} | self._options
 
     @property
     def url(self) -> str:
@@ -109,9 +110,7 @@ class EmbeddedPostgres(EmbeddedServer):
         children = self._children()
         for child in children:
             child.kill()
-        deadline = time.monotonic() + STOP_SECONDS
-        while any(_runs(child) for child in children) and time.monotonic() < deadline:
-            time.sleep(0.001)  # nothing to wait on: they are not our children
+        _wait_until(children, "zombie")
         self._paused = False
         super().kill()
 
@@ -119,8 +118,10 @@ class EmbeddedPostgres(EmbeddedServer):
         """SIGSTOP the server with all its backends: connections stay open, nothing answers."""
         super().pause()
         self._paused = True
-        for child in self._children():
+        children = self._children()
+        for child in children:
             child.suspend()
+        _wait_until(children, "stopped", "zombie")
 
     def resume(self) -> None:
         """Let a paused server go on."""
@@ -196,13 +197,15 @@ class EmbeddedPostgres(EmbeddedServer):
                 cursor.execute(statement)
 
 
-def _runs(process: psutil.Process) -> bool:
+def _wait_until(processes: Iterable[psutil.Process], *statuses: str) -> None:
+    """Return when each process has one of these statuses of psutil's or is gone, at the latest after half a minute."""
     import psutil
 
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    deadline = time.monotonic() + STOP_SECONDS
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while process.status() not in statuses and time.monotonic() < deadline:
+                time.sleep(0.001)  # nothing to wait on: they are not our children
 
 
 def _postgres_bin_dir(given: Path | None) -> Path:

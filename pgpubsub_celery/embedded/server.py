@@ -155,8 +155,10 @@ class EmbeddedServer(abc.ABC):
         self.start()
 
     def pause(self) -> None:
-        """SIGSTOP the server: connections stay open, nothing answers."""
-        os.kill(self.pid, signal.SIGSTOP)
+        """SIGSTOP the server: connections stay open, nothing answers. On return it does nothing any more."""
+        pid = self.pid
+        os.kill(pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """Let a paused server go on."""

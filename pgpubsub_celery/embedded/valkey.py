@@ -13,6 +13,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from pgpubsub_celery.embedded.server import HOST, INSTALL, NO_OPTIONS, EmbeddedServer, NotReady, package_folder
 from pgpubsub_celery.errors import EmbeddedServerError
@@ -79,7 +81,9 @@ class EmbeddedValkey(EmbeddedServer):
 
     def _check(self, port: int) -> None:
         try:
-            client = redis.Redis(host=HOST, port=port, password=self._password, socket_timeout=2)
+            # Without the client's own retries: they wait for seconds, here the process is looked after in between.
+            never = Retry(NoBackoff(), 0)
+            client = redis.Redis(host=HOST, port=port, password=self._password, socket_timeout=2, retry=never)
             with contextlib.closing(client):
                 answers = client.info("server")
         except (redis.ConnectionError, redis.TimeoutError) as error:  # BusyLoading is a ConnectionError
