@@ -30,7 +30,7 @@ from pgpubsub_celery.pacing import Backoff, Pace
 from pgpubsub_celery.runs import one_line
 from pgpubsub_celery.schema import VERSION
 from pgpubsub_celery.settings import Settings, sync_url
-from pgpubsub_celery.store import Quota, Store
+from pgpubsub_celery.store import Bound, Quota, Store
 from pgpubsub_celery.wakeups import Assembler, Link, bridge_engine
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ class Bridge:
         # A process that follows one which has listened must hold nothing back: the boundary was that one's start.
         self._began = control.replacement
         self._paces: dict[int, Pace] = {}
+        self._bounds: Mapping[int, Bound] = {}
         self._turn = 0
 
     def run(self) -> None:
@@ -178,8 +179,10 @@ class Bridge:
     def _take_up(self, link: Link, listeners: Mapping[int, Listener]) -> None:
         """Recover in batches, which several bridges may share."""
         recovered = 0
+        # What fails while this goes on is not taken up again and again.
+        before = self._store.now(link.claims)
         while not self._control.stopping.is_set():
-            batch = self._store.recover(link.claims, list(listeners), failed=self._recover == "all")
+            batch = self._store.recover(link.claims, list(listeners), failed=self._recover == "all", before=before)
             recovered += batch
             if not batch:
                 break
@@ -193,6 +196,7 @@ class Bridge:
         claim = self._store.claim(
             link.claims, quotas, batch_size=self._settings.batch_size, max_starts=self._settings.max_starts
         )
+        self._bounds = claim.bounds
         now = time.monotonic()
         if claim.failed:
             logger.error("failed %d notification(s): started and never finished, each time", claim.failed)
@@ -200,7 +204,8 @@ class Bridge:
             logger.warning("publishing %d notification(s) again: their lease ran out or their run was lost", claim.lost)
         claimed: dict[int, int] = {}
         for row in claim.rows:
-            claimed[row.subscription] = claimed.get(row.subscription, 0) + 1
+            if not row.was_lost:  # those are counted in flight already
+                claimed[row.subscription] = claimed.get(row.subscription, 0) + 1
         limited = False
         for quota in quotas:
             in_flight = claim.in_flight.get(quota.subscription, 0)
@@ -232,6 +237,7 @@ class Bridge:
                     lease=lease,
                     lease_max=max(lease, self._settings.lease_max),
                     with_payload=carries,
+                    bound=self._bounds.get(id),
                 )
             )
         # In turns, so that one listener's backlog does not fill every batch.

@@ -35,8 +35,8 @@ class Bound:
     """
 
     waiting: tuple[datetime.datetime, int] | None
-    """`available_at` and id of the last waiting row claimed. What commits later with an earlier time has to wait for the
-    drain's end, or for `BOUND_SECONDS`."""
+    """`available_at` and id of the last waiting row claimed. What commits later with an earlier time waits for the drain's
+    end, or for `BOUND_SECONDS`."""
     flying: datetime.datetime
     """No lease of the rows in flight ends before this."""
     seen: datetime.datetime
@@ -172,10 +172,10 @@ class Store:
                 "leases": [q.lease for q in quotas],
                 "lease_maxima": [q.lease_max for q in quotas],
                 "payloads": [q.with_payload for q in quotas],
-                "waiting_at": [b and b.waiting and b.waiting[0] for b in bounds],
-                "waiting_id": [b and b.waiting and b.waiting[1] for b in bounds],
-                "flying": [b and b.flying for b in bounds],
-                "expired": [b and min(b.flying, b.seen) for b in bounds],
+                "waiting_at": [b.waiting[0] if b and b.waiting else None for b in bounds],
+                "waiting_id": [b.waiting[1] if b and b.waiting else None for b in bounds],
+                "flying": [b.flying if b else None for b in bounds],
+                "expired": [min(b.flying, b.seen) if b else None for b in bounds],
                 "batch_size": batch_size,
                 "max_starts": max_starts,
             },
@@ -210,13 +210,29 @@ class Store:
         return connection.execute(self._hold, {"subscriptions": list(subscriptions)}).rowcount
 
     def recover(
-        self, connection: Connection, subscriptions: Sequence[int], *, failed: bool, batch_size: int = 1000
+        self,
+        connection: Connection,
+        subscriptions: Sequence[int],
+        *,
+        failed: bool,
+        batch_size: int = 1000,
+        before: datetime.datetime | None = None,
     ) -> int:
-        """Make up to `batch_size` held (and failed) rows waiting again; return how many. Skips locked rows."""
+        """Make up to `batch_size` held (and failed) rows waiting again; return how many. Skips locked rows.
+
+        `before`: leave what failed later (by `now`), or who repeats this until nothing is left may never be done where
+        other bridges are at work. Uses pgpubsub_notification_claim_idx.
+        """
         states = ["held", "failed"] if failed else ["held"]
         return connection.execute(
-            self._recover, {"subscriptions": list(subscriptions), "states": states, "batch_size": batch_size}
+            self._recover,
+            {"subscriptions": list(subscriptions), "states": states, "batch_size": batch_size, "before": before},
         ).rowcount
+
+    def now(self, connection: Connection) -> datetime.datetime:
+        """Return the database's time."""
+        now: datetime.datetime = connection.execute(_NOW).scalar_one()
+        return now
 
     def prune_failed(self, connection: Connection, subscriptions: Sequence[int], seconds: float) -> int:
         """Delete rows that failed more than `seconds` ago, up to 1,000 at a time; return how many."""
@@ -421,12 +437,15 @@ class Store:
 
 
 def shorten(value: str, limit: int) -> str:
-    """Return `value` cut in its middle to `limit` characters, without NUL, which Postgres cannot store."""
-    value = value.replace("\x00", "\\x00")
+    """Return `value` cut in its middle to about `limit` characters, as Postgres can store it.
+
+    An error can quote what cannot be stored: NUL, and half characters, such as those of an undecodable file name.
+    """
+    value = value.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")
     if len(value) <= limit:
         return value
     head = limit // 3
-    return f"{value[:head]}\n… {len(value) - limit} characters left out …\n{value[-(limit - head) :]}"
+    return f"{value[:head]}\n... {len(value) - limit} characters left out ...\n{value[-(limit - head) :]}"
 
 
 def _claimed(row: Any) -> Claimed:
@@ -463,7 +482,7 @@ def _bounds(
         in_time = datetime.timedelta(0) <= stand.now - began < datetime.timedelta(seconds=BOUND_SECONDS)
         if in_time and (full or stand.in_flight + len(rows) >= quota.limit):
             bounds[quota.subscription] = Bound(
-                waiting=max(((row.due, row.id) for row in rows), default=before and before.waiting),
+                waiting=max(((row.due, row.id) for row in rows), default=None if before is None else before.waiting),
                 # What is in flight now, or will be from now on.
                 flying=min(stand.earliest or lease_end, lease_end),
                 seen=stand.now,
@@ -493,6 +512,7 @@ def _sql(template: str, **names: str) -> TextClause:
 
 
 # `= ANY (ARRAY(…))` rather than IN: the latter turns to a sequential scan at larger batches.
+# `+ 0` keeps the planner, with statistics from before a burst, from finding the rows by their subscription.
 # in_flight is counted by the same statement, from the index, at most a quota's worth of entries of each state.
 _CLAIM = """
 WITH quota AS MATERIALIZED (
@@ -540,16 +560,19 @@ WITH quota AS MATERIALIZED (
             ELSE now() + make_interval(secs => least(q.lease * power(2, least(n.dispatches, 30)), q.lease_max)) END,
         failed_at = CASE WHEN n.starts >= :max_starts THEN now() END,
         error = CASE WHEN n.starts >= :max_starts THEN
-            'started ' || n.starts || ' times and never finished: its worker was lost each time (killed, out of memory, or power)'
+            'started ' || n.starts || ' times and never finished: '
+                || 'its worker was lost each time (killed, out of memory, or power)'
         END
     FROM quota q
-    WHERE n.id = ANY (ARRAY(SELECT id FROM picked)) AND q.subscription = n.subscription
+    WHERE n.id = ANY (ARRAY(SELECT id FROM picked)) AND q.subscription = n.subscription + 0
     RETURNING n.id, n.subscription, n.state, n.dispatches, n.retries, n.operation, n.created_at,
         CASE WHEN q.with_payload THEN n.payload END AS payload, CASE WHEN q.with_payload THEN n.context END AS context
 )
-SELECT c.*, p.due, p.was_lost, NULL AS in_flight, NULL AS earliest, NULL AS now FROM claimed c JOIN picked p ON p.id = c.id
+SELECT c.*, p.due, p.was_lost, NULL AS in_flight, NULL AS earliest, NULL AS now
+FROM claimed c JOIN picked p ON p.id = c.id
 UNION ALL
-SELECT NULL, q.subscription, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, q.in_flight, q.earliest, now() FROM quota q
+SELECT NULL, q.subscription, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, q.in_flight, q.earliest, now()
+FROM quota q
 """
 
 _NEXT_DUE = """
@@ -562,14 +585,19 @@ CROSS JOIN LATERAL (
 ) d
 """
 
+# SKIP LOCKED: two bridges that start at once would otherwise wait for each other's rows.
 _ADOPT = """
-UPDATE {n} n SET subscription = f.id
-FROM (
-    SELECT DISTINCT ON (name) s.id, names.name, s.operations
+WITH first AS MATERIALIZED (
+    SELECT DISTINCT ON (names.name, wanted.operation) names.name, wanted.operation, s.id
     FROM {s} s CROSS JOIN LATERAL unnest(s.channel || s.channel_aliases) AS names (name)
-    WHERE s.id = ANY (CAST(:subscriptions AS int[])) ORDER BY name, s.id
-) f
-WHERE n.subscription IS NULL AND n.channel = f.name AND n.operation = ANY (f.operations)
+    CROSS JOIN LATERAL unnest(s.operations) AS wanted (operation)
+    WHERE s.id = ANY (CAST(:subscriptions AS int[])) ORDER BY names.name, wanted.operation, s.id
+), orphan AS MATERIALIZED (
+    SELECT c.id, first.id AS subscription
+    FROM {n} c JOIN first ON first.name = c.channel AND first.operation = c.operation
+    WHERE c.subscription IS NULL FOR UPDATE OF c SKIP LOCKED
+)
+UPDATE {n} n SET subscription = orphan.subscription FROM orphan WHERE n.id = orphan.id
 """
 
 _HOLD = """
@@ -581,11 +609,14 @@ WHERE n.subscription = ANY (CAST(:subscriptions AS int[])) AND n.state = 'waitin
 # A recovered failed row keeps dispatches above zero, so that it travels alone.
 _RECOVER = """
 UPDATE {n} n SET state = 'waiting', available_at = now(), starts = 0, retries = 0, failed_at = NULL, error = NULL,
-    traceback = NULL, owner = NULL, dispatches = CASE WHEN n.state = 'failed' THEN 1 ELSE 0 END
+    traceback = NULL, task_id = NULL, owner = NULL, dispatches = CASE WHEN n.state = 'failed' THEN 1 ELSE 0 END
 WHERE n.id = ANY (ARRAY(
-    SELECT c.id FROM {n} c
-    WHERE c.subscription = ANY (CAST(:subscriptions AS int[])) AND c.state = ANY (CAST(:states AS text[]))
-    ORDER BY c.id LIMIT :batch_size FOR UPDATE SKIP LOCKED
+    SELECT r.id FROM unnest(CAST(:subscriptions AS int[])) AS q (subscription)
+    CROSS JOIN unnest(CAST(:states AS text[])) AS wanted (state) CROSS JOIN LATERAL (
+        SELECT c.id FROM {n} c WHERE c.subscription = q.subscription AND c.state = wanted.state
+            AND (c.failed_at IS NULL OR c.failed_at <= coalesce(CAST(:before AS timestamptz), 'infinity'))
+        ORDER BY c.available_at, c.id LIMIT :batch_size FOR UPDATE SKIP LOCKED
+    ) r LIMIT :batch_size
 ))
 """
 
@@ -598,15 +629,22 @@ DELETE FROM {n} n WHERE n.id = ANY (ARRAY(
 ))
 """
 
+# A row that is locked has reached a worker after all: waiting for it would hold up everything else.
 _UNPUBLISHED = """
 UPDATE {n} n SET state = 'waiting', available_at = now() + make_interval(secs => :delay), dispatches = n.dispatches - 1
-FROM unnest(CAST(:ids AS bigint[]), CAST(:dispatches AS int[])) AS c (id, dispatches)
-WHERE n.id = c.id AND n.state = 'dispatched' AND n.dispatches = c.dispatches
+WHERE n.id = ANY (ARRAY(
+    SELECT p.id FROM {n} p JOIN unnest(CAST(:ids AS bigint[]), CAST(:dispatches AS int[])) AS c (id, dispatches)
+        ON p.id = c.id AND p.dispatches = c.dispatches
+    WHERE p.state = 'dispatched' FOR UPDATE OF p SKIP LOCKED
+))
 """
 
 _DELETE_PUBLISHED = """
-DELETE FROM {n} n USING unnest(CAST(:ids AS bigint[]), CAST(:dispatches AS int[])) AS c (id, dispatches)
-WHERE n.id = c.id AND n.state = 'dispatched' AND n.dispatches = c.dispatches
+DELETE FROM {n} n WHERE n.id = ANY (ARRAY(
+    SELECT p.id FROM {n} p JOIN unnest(CAST(:ids AS bigint[]), CAST(:dispatches AS int[])) AS c (id, dispatches)
+        ON p.id = c.id AND p.dispatches = c.dispatches
+    WHERE p.state = 'dispatched' FOR UPDATE OF p SKIP LOCKED
+))
 """
 
 _COUNT_START = """
@@ -632,11 +670,11 @@ _ACKNOWLEDGE_COMMITTED = """
 DELETE FROM {n} n WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'dispatched' AND n.dispatches = :dispatches
 """
 
+_NOW = text("SELECT clock_timestamp()")
+
 _HAS_DEFERRABLE = text("SELECT EXISTS (SELECT 1 FROM pg_catalog.pg_constraint WHERE condeferrable)")
 
-_IDLE_TIMEOUT = text(
-    "SELECT setting FROM pg_catalog.pg_settings WHERE name = 'idle_in_transaction_session_timeout'"
-)
+_IDLE_TIMEOUT = text("SELECT setting FROM pg_catalog.pg_settings WHERE name = 'idle_in_transaction_session_timeout'")
 
 _XACT_STATUS = text("SELECT pg_catalog.pg_xact_status(CAST(:transaction AS xid8))")
 
@@ -658,12 +696,15 @@ _IS_OWNED = """
 SELECT 1 FROM {n} n WHERE n.id = :id AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
 """
 
-# Skips rows that an open `acknowledge(session)` has locked: waiting for one would starve the others' leases.
+# Skips rows that an open `acknowledge(session)` has locked: waiting for one would starve the others' leases. Locks none
+# but its own: a take that met another's lock would drop its message.
 _RENEW = """
 UPDATE {n} n SET available_at = now() + make_interval(secs => r.lease)
-FROM unnest(CAST(:ids AS bigint[]), CAST(:owners AS uuid[]), CAST(:leases AS float8[])) AS r (id, owner, lease)
-WHERE n.id = r.id AND n.state = 'running' AND n.owner = r.owner AND n.id = ANY (ARRAY(
-    SELECT c.id FROM {n} c WHERE c.id = ANY (CAST(:ids AS bigint[])) FOR UPDATE SKIP LOCKED
+FROM unnest(CAST(:ids AS bigint[]), CAST(:leases AS float8[])) AS r (id, lease)
+WHERE n.id = r.id AND n.id = ANY (ARRAY(
+    SELECT c.id FROM {n} c JOIN unnest(CAST(:ids AS bigint[]), CAST(:owners AS uuid[])) AS o (id, owner)
+        ON c.id = o.id AND c.owner = o.owner
+    WHERE c.state = 'running' FOR UPDATE OF c SKIP LOCKED
 ))
 RETURNING n.id
 """
@@ -691,15 +732,16 @@ WHERE n.id = ANY (CAST(:ids AS bigint[])) AND """
     + " RETURNING n.id"
 )
 
+# The transaction may have begun long ago: the delay counts from this moment.
 _RELEASE = """
-UPDATE {n} n SET state = 'waiting', available_at = now() + make_interval(secs => :delay),
+UPDATE {n} n SET state = 'waiting', available_at = clock_timestamp() + make_interval(secs => :delay),
     starts = greatest(0, n.starts - :started)
 WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'dispatched' AND n.dispatches = :dispatches
 RETURNING n.id
 """
 
 _RELEASE_OWNED = """
-UPDATE {n} n SET state = 'waiting', owner = NULL, available_at = now() + make_interval(secs => :delay),
+UPDATE {n} n SET state = 'waiting', owner = NULL, available_at = clock_timestamp() + make_interval(secs => :delay),
     starts = greatest(0, n.starts - :started)
 WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
 RETURNING n.id
