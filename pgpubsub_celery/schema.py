@@ -74,21 +74,28 @@ class Function:
     signature: str
     """Name and argument types, without the schema."""
     create: str
-    public: bool = False
+    hash: str
+    """A digest of its text, whatever the installation, kept in its COMMENT: tells `install` what is out of date."""
+    public: bool
     """Whether everybody may execute it: only what neither reads nor writes anything."""
-
-    @property
-    def hash(self) -> str:
-        """A digest of its text, kept in its COMMENT, by which `install` and `check` see what is out of date."""
-        return hashlib.sha256(self.create.encode()).hexdigest()[:16]
 
 
 def functions(schema: str, installation: uuid.UUID) -> list[Function]:
     """Return the functions in the order to create them."""
     s = quote_identifier(schema) + "."
-    values = {"s": s, "installation": installation, "version_table": quote_literal(s + "alembic_version")}
+    values = {"s": s, "version_table": quote_literal(s + "alembic_version")}
+
+    def function(signature: str, template: str, public: bool) -> Function:
+        anonymous = template.format(installation=uuid.UUID(int=0), **values)
+        return Function(
+            signature=signature,
+            create=template.format(installation=installation, **values).strip(),
+            hash=hashlib.sha256(anonymous.encode()).hexdigest()[:16],
+            public=public,
+        )
+
     return [
-        Function(signature, template.format(**values).strip(), public)
+        function(signature, template, public)
         for signature, template, public in (
             ("pgpubsub_installation()", _INSTALLATION, True),
             ("pgpubsub_lock_key(text, text)", _LOCK_KEY, True),

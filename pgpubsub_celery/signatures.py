@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from celery import Celery, Task, uuid
-from celery.canvas import Signature, chunks, xmap, xstarmap
+from celery.canvas import Signature, chunks, maybe_signature, xmap, xstarmap
 from celery.result import GroupResult
 from celery.utils.functional import maybe_list
 from celery.utils.time import maybe_iso8601, maybe_make_aware
@@ -45,7 +45,7 @@ class Prepared:
         """
         original = _as_signature(signature)
         self._app: Celery = original.app
-        self._signature = Signature.from_dict(_copy(original), app=self._app)
+        self._signature = _rebuild(_copy(original), self._app)
         now = self._app.now()
         self.due = self._take_due()
         for part in _published_at_once(self._signature):
@@ -118,7 +118,7 @@ def load_signature(payload: Any, app: Celery) -> Signature:
             body = base64.b64decode(body)
         accept = prepare_accept_content(app.conf.accept_content)
         plain = loads(body, payload["content_type"], payload["content_encoding"], accept=accept)
-        signature = Signature.from_dict(plain, app=app)
+        signature = _rebuild(plain, app)
         for part in _published_at_once(signature):
             part.args = tuple(part.args)  # a list in JSON; shows in the message's argsrepr
         return signature
@@ -195,6 +195,25 @@ def _freeze(signature: Any) -> Any:
     if len(results) == 1 and isinstance(results[0], GroupResult):
         return results[0]
     return signature.app.GroupResult(signature.options.setdefault("task_id", uuid()), results)
+
+
+def _rebuild(plain: dict[str, Any], app: Celery) -> Any:
+    """Return a signature from plain dicts, each part of it of `app`: Celery would leave some to the current one."""
+    signature = Signature.from_dict(plain, app=app)
+    parts = [signature]
+    while parts:
+        part = parts.pop()
+        part._app = app
+        if part.subtask_type in ("chain", "group", "chord"):
+            members = part.tasks
+            if not isinstance(members, list):
+                raise TypeError(f"the members of a {part.subtask_type} are a {type(members).__name__}")
+            members[:] = [maybe_signature(member, app=app) for member in members]
+            parts.extend(members)
+        if part.subtask_type == "chord" and part.body is not None:
+            part.body = maybe_signature(part.body, app=app)
+            parts.append(part.body)
+    return signature
 
 
 def _copy(signature: Mapping[str, Any]) -> dict[str, Any]:
