@@ -8,6 +8,7 @@ read at import; `Settings.load()` reads the environment when it is called, and n
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +32,7 @@ def sync_url(url: str | URL, *, setting: str = "database_url") -> URL:
         if isinstance(url, str) and url.startswith("postgres://"):
             url = "postgresql://" + url.removeprefix("postgres://")
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter for a port that is no number
         raise SettingsError(
             f"{setting} is not a database URL: expected something like 'postgresql://user:password@host:5432/name'."
         ) from None
@@ -126,6 +127,7 @@ class Settings:
         fits = (
             isinstance(value, kind)
             and not isinstance(value, bool)
+            and not (isinstance(value, float) and not math.isfinite(value))
             and (above is None or value > above)
             and (least is None or value >= least)
         )
@@ -145,7 +147,8 @@ class Settings:
         """Collect the settings: `options` that are not None, then the environment, then Celery's configuration.
 
         Raises:
-            SettingsError: a value cannot be used, or a `PGPUBSUB_…` or `pgpubsub_…` name is not a setting.
+            SettingsError: a value cannot be used, or a name is not a setting; except in the environment, where others
+                put names of this prefix too (Kubernetes does for a service called pgpubsub).
         """
         environ = os.environ if environ is None else environ
         names = cls.names()
