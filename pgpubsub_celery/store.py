@@ -35,8 +35,8 @@ class Bound:
     """
 
     waiting: tuple[datetime.datetime, int] | None
-    """`available_at` and id of the last waiting row claimed. What commits later with an earlier time waits for the drain's
-    end, or for `BOUND_SECONDS`."""
+    """`available_at` and id of the last waiting row claimed. What commits later with an earlier time waits for the
+    drain's end, or for `BOUND_SECONDS`."""
     flying: datetime.datetime
     """No lease of the rows in flight ends before this."""
     seen: datetime.datetime
