@@ -20,8 +20,10 @@ help: ## List the targets
 demo: $(STAMP) ## Show notifications become finished tasks: Postgres, Valkey, bridge and worker as real processes
 	$(BIN)/pgpubsub-bridge demo --once
 
+# Half of the time is processes starting: two at once take little more than half as long. Each of pytest's processes has
+# a server pair of its own. More than four would only wait for each other's disk.
 test: $(STAMP) ## Run all tests, with their own Postgres and Valkey
-	$(BIN)/python -m pytest -q --durations=10 $(ARGS)
+	$(BIN)/python -m pytest -q --durations=10 -n logical --maxprocesses=4 --dist=worksteal $(ARGS)
 
 lint: $(STAMP) ## Check style, format, types and import layers
 	$(BIN)/ruff check
