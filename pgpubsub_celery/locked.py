@@ -315,6 +315,7 @@ class _Transaction:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._ours = False
+        self._committed = False
         self.lost = False
         """It cannot or must not be committed any more, or its commit's outcome is unknown."""
 
@@ -335,10 +336,12 @@ class _Transaction:
             self._ours = True
             for name, hook in hooks:
                 event.remove(self._connection, name, hook)
-            if self.lost or not self.alive():
+            if self._committed:
+                pass
+            elif self.lost or not self.alive():
                 # Whatever state it is in, the pool is not to have it back.
                 self._connection.invalidate()
-            elif self._connection.in_transaction():
+            else:
                 self._connection.rollback()
 
     def lose(self) -> None:
@@ -356,6 +359,7 @@ class _Transaction:
         self._ours = True
         try:
             self._connection.commit()
+            self._committed = True
         except DBAPIError:
             self.lost = True
             raise

@@ -373,7 +373,9 @@ def test_one_failure_in_a_bundle_fails_alone(bundled: Work) -> None:
 def test_a_payload_that_cannot_be_decoded_fails_alone(bundled: Work) -> None:
     """The error names the field, and the task's failure signal is sent."""
     bundled.emit(1, 2, 3)
-    bundled.deliveries.execute("UPDATE pgpubsub_notification SET payload = '{\"value\": \"x\"}' WHERE payload->>'value' = '2'")
+    bundled.deliveries.execute(
+        "UPDATE pgpubsub_notification SET payload = '{\"value\": \"x\"}' WHERE payload->>'value' = '2'"
+    )
     (message,) = bundled.deliveries.claim()
     bundled.deliveries.deliver(message)
     assert bundled.effects == [1, 3]
@@ -409,7 +411,8 @@ def test_a_run_that_never_ends_is_counted_and_fails_in_the_end(work: Work) -> No
 
 
 @pytest.mark.parametrize(
-    ("code", "name"), [("40P01", "deadlock_detected"), ("55P03", "lock_not_available"), ("40001", "serialization_failure")]
+    ("code", "name"),
+    [("40P01", "deadlock_detected"), ("55P03", "lock_not_available"), ("40001", "serialization_failure")],
 )
 def test_transient_errors_give_the_row_back(bundled: Work, code: str, name: str) -> None:
     """Neither failed nor retried: it comes again, alone, as if it had never run."""
@@ -456,7 +459,9 @@ def test_a_real_deadlock_between_two_listeners_ends_well(work: Work) -> None:
     """The victim runs again."""
     import threading
 
-    work.deliveries.execute("CREATE TABLE account (id int PRIMARY KEY, n int); INSERT INTO account VALUES (1, 0), (2, 0)")
+    work.deliveries.execute(
+        "CREATE TABLE account (id int PRIMARY KEY, n int); INSERT INTO account VALUES (1, 0), (2, 0)"
+    )
     meeting = threading.Barrier(2, timeout=30)
     first = {1: True, 2: True}
 
@@ -688,9 +693,7 @@ def test_exhausted_retries_fail_with_the_last_error(work: Work) -> None:
 
 def test_autoretry_backs_off_in_the_row(app: Celery, installed_engine: Engine, registry: None) -> None:
     """Celery computes the delays."""
-    work = Work(
-        app, installed_engine, autoretry_for=(OSError,), retry_backoff=10, retry_jitter=False, max_retries=2
-    )
+    work = Work(app, installed_engine, autoretry_for=(OSError,), retry_backoff=10, retry_jitter=False, max_retries=2)
 
     def do(task: Any, value: int, session: Session) -> None:
         raise OSError("unreachable")
@@ -879,6 +882,22 @@ def test_a_worker_whose_pool_holds_dead_connections_takes_the_message_anyway(wor
     work.emit(2)
     work.deliveries.run()
     assert work.effects == [1, 2]
+
+
+def test_one_connection_serves_message_after_message(work: Work) -> None:
+    """It goes back to the pool, whatever became of the run."""
+
+    def do(task: Any, value: int, session: Session) -> None:
+        backends.append(session.execute(text("SELECT pg_backend_pid()")).scalar_one())
+        if value == 2:
+            raise ValueError("broken")
+
+    backends: list[int] = []
+    work.do = do
+    work.emit(1, 2, 3)
+    work.deliveries.run()
+    assert len(backends) == 3
+    assert len(set(backends)) == 1
 
 
 def test_without_a_database_the_message_ends_quietly(app: Celery, installed_engine: Engine, registry: None) -> None:
