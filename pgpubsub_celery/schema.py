@@ -225,7 +225,7 @@ CREATE OR REPLACE FUNCTION {s}pgpubsub_send(listen_name text, message jsonb) RET
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     chunk_size CONSTANT int := 1900;
-    slice_chunks CONSTANT int := 100;
+    slice_chunks CONSTANT int := 32;
     body text := message::text;
     id text := gen_random_uuid()::text;
     chunks int := ceil(length(body)::float8 / chunk_size)::int;

@@ -146,7 +146,8 @@ def read_subscriptions(connection: Connection, names: Names) -> list[Row]:
 
 def wanted_channel(channel: type[Channel]) -> ChannelRow:
     """Return what should be stored of a channel."""
-    table: Any = getattr(getattr(channel, "model", None), "__table__", None)
+    model: Any = getattr(channel, "model", None)
+    table = getattr(model, "__table__", model)
     return ChannelRow(
         name=channel.name(),
         aliases=frozenset(channel.aliases),
@@ -187,13 +188,13 @@ def changes(rows: Sequence[Row], listeners: Sequence[Listener], *, exact: bool) 
     found: list[Change] = []
     for listener, mine in match(rows, listeners).items():
         declared = frozenset(listener.operations)
-        channel_names = frozenset((listener.channel.name(), *listener.channel.aliases))
+        names = frozenset((listener.channel.name(), *listener.channel.aliases))
         if not mine:
             found.append(
                 Change(
                     channel=listener.channel.name(),
                     listener=listener.name,
-                    channel_aliases=channel_names - {listener.channel.name()},
+                    channel_aliases=names - {listener.channel.name()},
                     aliases=frozenset(listener.names) - {listener.name},
                     operations=declared,
                 )
@@ -202,7 +203,7 @@ def changes(rows: Sequence[Row], listeners: Sequence[Listener], *, exact: bool) 
         row, others = mine[0], mine[1:]
         has = frozenset().union(*(one.operations for one in mine))
         operations = declared if exact else row.operations | (declared - has)
-        change = _renamed(row, listener, channel_names, operations)
+        change = _renamed(row, listener, names, operations)
         if change is not None:
             found.append(change)
         if exact:
@@ -266,11 +267,11 @@ def _rank(row: Row, listener: Listener) -> int | None:
 
 
 def _renamed(
-    row: Row, listener: Listener, channel_names: frozenset[str], operations: frozenset[str]
+    row: Row, listener: Listener, names: frozenset[str], operations: frozenset[str]
 ) -> Change | None:
     channel = row.channel if listener.channel.name() in row.channel_names else listener.channel.name()
     name = row.listener if listener.name in row.names else listener.name
-    channel_aliases = (row.channel_names | channel_names) - {channel}
+    channel_aliases = (row.channel_names | names) - {channel}
     aliases = (row.names | frozenset(listener.names)) - {name}
     change = Change(
         was=row,

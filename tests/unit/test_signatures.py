@@ -39,9 +39,9 @@ class Publisher:
         self.app = Celery("signatures", broker="memory://", backend="cache+memory://", set_as_current=False)
         self.app.conf.task_default_queue = f"signatures-{next(_numbers)}"
         self.app.conf.accept_content = ["json", "pickle"]
-        self.add = self.app.task(name="add")(add)
-        self.total = self.app.task(name="total")(total)
-        self.pickled = self.app.task(name="pickled", serializer="pickle")(total)
+        self.add = self.app.task(name="add", shared=False)(add)
+        self.total = self.app.task(name="total", shared=False)(total)
+        self.pickled = self.app.task(name="pickled", serializer="pickle", shared=False)(total)
 
     def publish(self, payload: Any) -> None:
         """Publish a payload as a bridge does: after its way through the database, with the bridge's producer."""
