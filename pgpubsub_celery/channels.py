@@ -29,6 +29,7 @@ from sqlalchemy.orm.exc import UnmappedClassError
 from typing_extensions import TypeVar
 
 from pgpubsub_celery.errors import ChannelError, UnknownChannelError, did_you_mean
+from pgpubsub_celery.fieldtypes import fields_of
 from pgpubsub_celery.hints import (
     Scope,
     UnresolvedNameError,
@@ -158,9 +159,7 @@ def _check_attributes(cls: type[Channel]) -> None:
     if not isinstance(cls.lock_notifications, bool):
         raise ChannelError(f"{what}: lock_notifications = {cls.lock_notifications!r}: expected True or False.")
     if cls.acknowledge not in ("finished", "published"):
-        raise ChannelError(
-            f'{what}: acknowledge = {cls.acknowledge!r}: expected "finished" or "published".'
-        )
+        raise ChannelError(f'{what}: acknowledge = {cls.acknowledge!r}: expected "finished" or "published".')
     if cls.acknowledge == "published" and not cls.lock_notifications:
         raise ChannelError(
             f'{what}: acknowledge = "published" says when a stored notification may go, but nothing is stored: '
@@ -278,6 +277,7 @@ def check_declared(cls: type[Channel]) -> None:
         captured_columns(cls)
     else:
         _check_dataclass(cls)
+        fields_of(cls, path_of(cls))
     _checked.add(cls)
 
 

@@ -8,6 +8,7 @@ neither the names of a function that a class is declared in nor type variables.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import inspect
 import re
 import sys
@@ -31,6 +32,10 @@ class UnresolvedNameError(Exception):
         super().__init__(f"{name!r} in the annotation {annotation!r} is not defined")
         self.name = name
         self.annotation = annotation
+
+
+class UnreadableError(Exception):
+    """An annotation cannot be evaluated."""
 
 
 def own_annotations(cls: type) -> dict[str, Any]:
@@ -100,12 +105,14 @@ class Scope:
     def __init__(self, cls: type, outer: Mapping[str, Any] | None = None) -> None:
         """`outer`: further names, of the class that has this one in a field."""
         module = sys.modules.get(cls.__module__)
+        self.module = cls.__module__
         self.globals: dict[str, Any] = dict(vars(builtins))
         self.globals.update(outer or {})
         self.globals.update(vars(module) if module is not None else {})
         self.locals: dict[str, Any] = {cls.__name__: cls}
         for base in reversed(cls.__mro__):
             self.locals.update(base.__dict__.get(LOCAL_NAMES, {}))
+        self.locals.update({one.__name__: one for one in cls.__dict__.get("__type_params__", ())})
         self.names: dict[str, Any] = {**(outer or {}), **self.locals}
         """For the scopes of classes in this one's fields."""
 
@@ -114,8 +121,13 @@ class Scope:
 
         Raises:
             UnresolvedNameError: a name in it is not defined.
+            UnreadableError: it cannot be evaluated for another reason.
         """
         if isinstance(annotation, typing.ForwardRef):
+            if sys.version_info >= (3, 14):
+                # It knows the scope that it stands in.
+                with contextlib.suppress(NameError, AttributeError):
+                    return annotation.evaluate()
             annotation = annotation.__forward_arg__
         if not isinstance(annotation, str):
             return annotation
@@ -125,6 +137,10 @@ class Scope:
             raise UnresolvedNameError(exc.name or _first_quoted(exc), annotation) from None
         except AttributeError as exc:
             raise UnresolvedNameError(_first_quoted(exc), annotation) from None
+        except Exception as exc:
+            raise UnreadableError(
+                f"its annotation {annotation!r} cannot be read ({type(exc).__name__}: {exc})"
+            ) from exc
 
 
 def _first_quoted(exc: Exception) -> str:
