@@ -34,8 +34,9 @@ def connection_of(bind: Any, caller: str, bind_arguments: Mapping[str, Any] | No
     connection = _connection_of_session(owner, caller, bind_arguments) if isinstance(owner, Session) else owner
     if is_autocommit(connection):
         raise BindError(
-            f"{caller}() was given a {_kind(bind)} in AUTOCOMMIT: each statement would be a transaction of its own, and what "
-            "is emitted would not depend on your commit. Use a connection with a transaction, for example engine.begin()."
+            f"{caller}() was given a {_kind(bind)} in AUTOCOMMIT: each statement would be a transaction of its own, "
+            "and what is emitted would not depend on your commit. Use a connection with a transaction, for example "
+            "engine.begin()."
         )
     return connection
 
@@ -50,8 +51,8 @@ def session_or_connection(bind: Any, caller: str) -> Session | Connection:
         raise BindError(f"{caller}() was given an {_kind(bind)}: use `await a{caller}(…)`.")
     if isinstance(bind, Engine):
         raise BindError(
-            f"{caller}() was given an Engine, which has no transaction: pass the Session or Connection in whose transaction "
-            "the change is made, for example `with engine.begin() as connection`."
+            f"{caller}() was given an Engine, which has no transaction: pass the Session or Connection in whose "
+            "transaction the change is made, for example `with engine.begin() as connection`."
         )
     raise BindError(f"{caller}() was given a {_kind(bind)}: expected a Session, scoped_session or Connection.")
 
@@ -66,12 +67,16 @@ async def run_in(bind: Any, caller: str, function: Callable[[Any], R]) -> R:
     if isinstance(bind, kinds):
         from sqlalchemy.ext.asyncio import async_scoped_session
 
-        session = bind() if isinstance(bind, async_scoped_session) else bind
+        session: Any = bind() if isinstance(bind, async_scoped_session) else bind
         result: R = await session.run_sync(function)
         return result
     if isinstance(bind, (Session, scoped_session, Connection)):
-        raise BindError(f"{caller}() was given a {_kind(bind)}, which is synchronous: use {caller.removeprefix('a')}(…).")
-    raise BindError(f"{caller}() was given a {_kind(bind)}: expected an AsyncSession, async_scoped_session or AsyncConnection.")
+        raise BindError(
+            f"{caller}() was given a {_kind(bind)}, which is synchronous: use {caller.removeprefix('a')}(…)."
+        )
+    raise BindError(
+        f"{caller}() was given a {_kind(bind)}: expected an AsyncSession, async_scoped_session or AsyncConnection."
+    )
 
 
 def is_autocommit(connection: Connection) -> bool:
@@ -113,7 +118,7 @@ def _connection_of_session(session: Session, caller: str, bind_arguments: Mappin
         return session.connection(bind_arguments=dict(bind_arguments))
     try:
         # A statement that writes: sessions that send reads to a replica choose by it.
-        arguments = {"mapper": Notification.__mapper__, "clause": update(Notification.__table__)}
+        arguments = {"mapper": Notification.__mapper__, "clause": update(Notification)}
         return session.connection(bind_arguments=arguments)
     except UnboundExecutionError as exc:
         raise BindError(

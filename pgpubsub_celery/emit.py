@@ -1,11 +1,11 @@
 """Emit: what a writer calls to have a notification stored, or sent, if and only if its transaction commits.
 
-Owns `notify`, `notify_many`, `enqueue` and their asynchronous twins: from a message or a Celery signature to one statement on
-the caller's connection. Everything else is the database function's (`schema`), which psql and other languages share. Never
-commits, never flushes, never touches a broker.
+Owns `notify`, `notify_many`, `enqueue` and their asynchronous twins: from a message or a Celery signature to one
+statement on the caller's connection. Everything else is the database function's (`schema`), which psql and other
+languages share. Never commits, never flushes, never touches a broker.
 
-The statement that emits is an INSERT like the writer's own: it waits for nobody. If it fails, because the package is not
-installed, say, Postgres has aborted the transaction, as with any failed statement.
+The statement that emits is an INSERT like the writer's own: it waits for nobody. If it fails, because the package is
+not installed, say, Postgres has aborted the transaction, as with any failed statement.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from celery import _state
-from sqlalchemy import Boolean, Connection, DateTime, Float, Text, TextClause, bindparam, text
+from sqlalchemy import BindParameter, Boolean, Connection, DateTime, Float, Text, TextClause, bindparam, text
 from sqlalchemy.exc import DBAPIError
 
 from pgpubsub_celery.binds import connection_of, explain, run_in, session_or_connection
@@ -97,6 +97,7 @@ def notify(
         countdown: for stored channels: not before so many seconds from now, by the database's clock.
         context: a JSON-compatible dict that listeners can see; merged over `set_notification_context`'s.
         bind_arguments: as for `Session.connection`, where a session has several databases.
+        **fields: of the message, where its channel was given.
 
     Returns:
         The number of notifications stored: one for each listener of the channel (one in all while it has none); 0 for
@@ -145,11 +146,12 @@ def enqueue(
     """Send a Celery task when the caller's transaction commits, and only then: `apply_async()` for transactions.
 
     Any signature: a task's, chain, group, chord, with all their options and links. The bridge publishes it as the
-    signature's own `apply_async()` would have. What fires it later, `eta` or `countdown` (here, or the signature's own), is
-    waited for in the table, not in a worker.
+    signature's own `apply_async()` would have. What fires it later, `eta` or `countdown` (here, or the signature's
+    own), is waited for in the table, not in a worker.
 
     Returns:
-        What `apply_async()` returns: the `AsyncResult` (of a group its `GroupResult`), with the ids that the tasks will have.
+        What `apply_async()` returns: the `AsyncResult` (of a group its `GroupResult`), with the ids that the tasks
+        will have.
 
     Raises:
         PayloadError: not a signature, or arguments that do not fit the task or its serializer.
@@ -255,8 +257,8 @@ def _emit(
         channel = type(message)
         if due != (None, None) and not channel.lock_notifications:
             raise ChannelError(
-                f"{caller}(): {channel.name()} was given {'eta' if eta is not None else 'countdown'}, but its messages are not "
-                "stored, so that nothing can wait: set lock_notifications = True on it, or leave that out."
+                f"{caller}(): {channel.name()} was given {'countdown' if eta is None else 'eta'}, but its messages are "
+                "not stored, so that nothing can wait: set lock_notifications = True on it, or leave that out."
             )
         payloads.append((channel, encode_json(encode_message(message), f"{caller}(): {channel.name()}")))
     if not payloads:
@@ -287,7 +289,7 @@ def _send(
     due: tuple[datetime.datetime | None, float | None],
     context: str | None,
 ) -> int:
-    schema = _schema()
+    schema = current_schema()
     values: dict[str, Any] = {"eta": due[0], "countdown": due[1], "context": context}
     for position, group in enumerate(groups):
         values[f"channel_{position}"] = group.channel.name()
@@ -312,7 +314,10 @@ def _statement(schema: str, groups: int) -> TextClause:
         "pg_catalog.clock_timestamp() + pg_catalog.make_interval(secs => CAST(:countdown AS float8)))"
     )
     calls: list[str] = []
-    parameters = [bindparam("eta", type_=DateTime(timezone=True)), bindparam("countdown", type_=Float())]
+    parameters: list[BindParameter[Any]] = [
+        bindparam("eta", type_=DateTime(timezone=True)),
+        bindparam("countdown", type_=Float()),
+    ]
     parameters.append(bindparam("context", type_=Text()))
     for n in range(groups):
         calls.append(
@@ -328,12 +333,13 @@ def _as_message(given: Any, fields: Mapping[str, Any]) -> Channel:
     channel = find_channel(given) if isinstance(given, str) else given if isinstance(given, type) else type(given)
     if not issubclass(channel, Channel):
         raise ChannelError(
-            f"notify() was given {given!r}: expected a message, or its channel as a class or module path with the fields."
+            f"notify() was given {given!r}: expected a message, or its channel as a class or module path with the "
+            "fields."
         )
     if issubclass(channel, TriggerChannel):
         raise ChannelError(
-            f"notify() was given {channel.name()}, a trigger channel: its table emits when it is changed. Change the table, "
-            "or declare a Channel for the message."
+            f"notify() was given {channel.name()}, a trigger channel: its table emits when it is changed. Change the "
+            "table, or declare a Channel for the message."
         )
     if channel is EnqueuedTask:
         raise ChannelError("notify() was given the channel of enqueue(): call enqueue(bind, signature).")
@@ -341,8 +347,8 @@ def _as_message(given: Any, fields: Mapping[str, Any]) -> Channel:
     if isinstance(given, Channel):
         if fields:
             raise PayloadError(
-                f"notify() was given a message of {channel.name()} and fields ({', '.join(fields)}): pass the message alone, or "
-                "its class with the fields."
+                f"notify() was given a message of {channel.name()} and fields ({', '.join(fields)}): pass the message "
+                "alone, or its class with the fields."
             )
         return given
     return build_message(channel, fields)
@@ -381,11 +387,14 @@ _schemas: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 _schema_without_app: str | None = None
 
 
-def _schema() -> str:
-    """The schema of the functions: PGPUBSUB_SCHEMA, or the current Celery application's; read once for each application."""
+def current_schema() -> str:
+    """Return the schema of the functions: PGPUBSUB_SCHEMA, or what the current Celery application has configured.
+
+    Read once for each application, and for the process without one.
+    """
     global _schema_without_app
-    # Without an application, none is made: a writer need not have one.
-    app = _state._tls.current_app or _state.default_app
+    # get_current_app() would make one where there is none: a writer need not have one.
+    app = _state._tls.current_app or _state.default_app  # noqa: SLF001
     if app is None:
         if _schema_without_app is None:
             _schema_without_app = Settings.load().schema

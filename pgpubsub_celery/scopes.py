@@ -1,13 +1,15 @@
 """What holds for a transaction, or a session's: the context of its notifications, and channels that are to be silent.
 
-Owns two settings that the SQL functions and triggers read, `pgpubsub.context` and `pgpubsub.suppress`. Both are always set
-for the transaction alone, never for the connection, which goes back to a pool (here or in pgbouncer) and on to others.
+Owns two settings that the SQL functions and triggers read, `pgpubsub.context` and `pgpubsub.suppress`. Both are
+always set for the transaction alone, never for the connection, which goes back to a pool (here or in pgbouncer) and
+on to others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import weakref
 from collections.abc import Mapping
 from types import TracebackType
@@ -21,6 +23,9 @@ from pgpubsub_celery.binds import connection_of, run_in, session_or_connection
 from pgpubsub_celery.channels import Channel, TriggerChannel, find_channel
 from pgpubsub_celery.errors import BindError, ChannelError, PayloadError
 from pgpubsub_celery.schema import quote_literal
+
+DEEPEST = 200
+"""Levels of lists and dicts that are looked into, to say where something is that JSON does not have."""
 
 _SET_CONTEXT = text("SELECT pg_catalog.set_config('pgpubsub.context', :context, true)")
 _SESSION_CONTEXT = "pgpubsub_context"
@@ -56,7 +61,8 @@ def set_notification_context(
     if scope == "session":
         if not isinstance(owner, Session):
             raise BindError(
-                f"{caller}(scope='session') was given a Connection: pass a Session, or set the context in each transaction."
+                f"{caller}(scope='session') was given a Connection: pass a Session, or set the context in each "
+                "transaction."
             )
         if _SESSION_CONTEXT not in owner.info:
             event.listen(owner, "after_begin", _set_session_context)
@@ -68,7 +74,9 @@ def set_notification_context(
         effective = {**(owner.info.get(_SESSION_CONTEXT, {}) if isinstance(owner, Session) else {}), **given}
     else:
         raise BindError(f"{caller}(scope={scope!r}): expected 'transaction' or 'session'.")
-    connection_of(bind, caller, bind_arguments).execute(_SET_CONTEXT, {"context": encode_context(effective, caller) or ""})
+    connection_of(bind, caller, bind_arguments).execute(
+        _SET_CONTEXT, {"context": encode_context(effective, caller) or ""}
+    )
 
 
 async def aset_notification_context(
@@ -117,38 +125,40 @@ def encode_json(value: Any, what: str) -> str:
         if _unstorable(value) is None:
             return encoded  # the six characters \u0000, not the character
     where, why = _unstorable(value) or ("", "is not JSON-compatible")
-    raise PayloadError(f"{what}{where} {why}: only str, int, float, bool, None, and lists and dicts (with str keys) of them.")
+    raise PayloadError(
+        f"{what}{where} {why}: only str, int, float, bool, None, and lists and dicts (with str keys) of them."
+    )
 
 
 def _unstorable(value: Any, where: str = "", depth: int = 0) -> tuple[str, str] | None:
     """Return where in `value` something cannot be stored, and why."""
-    if depth > 500:
+    if depth > DEEPEST:
         return where[:60] + "…", "is nested too deeply"
-    if isinstance(value, str):
-        if "\x00" in value:
-            return where, "contains the character NUL, which Postgres cannot store"
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            return where, "contains half a surrogate pair, which is no character"
-        return None
-    if value is None or isinstance(value, (bool, int)):
-        return None
-    if isinstance(value, float):
-        return None if value - value == 0 else (where, f"is {value!r}, which JSON does not have")
     if isinstance(value, dict):
-        for key, item in value.items():
+        for key in value:
             if not isinstance(key, str):
                 return where, f"has the key {key!r}, a {type(key).__name__}"
-            if (found := _unstorable(key, f"{where}[{key!r}]", depth + 1)) is not None:
-                return found
-            if (found := _unstorable(item, f"{where}[{key!r}]", depth + 1)) is not None:
-                return found
+        parts = [(f"{where}[{key!r}]", part) for key, item in value.items() for part in (key, item)]
+    elif isinstance(value, (list, tuple)):
+        parts = [(f"{where}[{position}]", item) for position, item in enumerate(value)]
+    else:
+        why = _unstorable_scalar(value)
+        return None if why is None else (where, why)
+    return next((found for place, part in parts if (found := _unstorable(part, place, depth + 1))), None)
+
+
+def _unstorable_scalar(value: Any) -> str | None:
+    if isinstance(value, str):
+        if "\x00" in value:
+            return "contains the character NUL, which Postgres cannot store"
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            return "contains half a surrogate pair, which is no character"
         return None
-    if isinstance(value, (list, tuple)):
-        for position, item in enumerate(value):
-            if (found := _unstorable(item, f"{where}[{position}]", depth + 1)) is not None:
-                return found
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"is {value!r}, which JSON does not have"
+    if value is None or isinstance(value, int):
         return None
-    return where, f"is a {type(value).__name__}"
+    return f"is a {type(value).__name__}"
 
 
 def _set_session_context(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
@@ -161,9 +171,9 @@ def _set_session_context(session: Session, transaction: SessionTransaction, conn
 class suppress_notifications:  # noqa: N801  # reads as a statement: `with suppress_notifications(session, AuthorChanges):`
     """Keep the triggers of channels silent for what `bind` changes within the block, as for backfills.
 
-    All trigger channels when none is given. Also in transactions that begin within the block. Messages are not concerned:
-    who wants none does not call `notify()`. A session is flushed at both ends, so that the block's changes, and no others,
-    are made within it. For an AsyncSession or AsyncConnection: `async with`.
+    All trigger channels when none is given. Also in transactions that begin within the block. Messages are not
+    concerned: who wants none does not call `notify()`. A session is flushed at both ends, so that the block's
+    changes, and no others, are made within it. For an AsyncSession or AsyncConnection: `async with`.
 
     Args:
         bind: a Session, scoped_session or Connection.
@@ -215,7 +225,7 @@ class suppress_notifications:  # noqa: N801  # reads as a statement: `with suppr
                 del _suppressed[owner]
                 _listen(owner, stop=True)
             if owner.in_transaction():
-                # In an aborted transaction this fails, and so would all else until the rollback that undoes the setting.
+                # In an aborted transaction this fails, as all would until the rollback that undoes the setting.
                 with contextlib.suppress(*((DBAPIError, InvalidRequestError) if failed else ())):
                     _apply(owner)
 
@@ -232,8 +242,8 @@ def _names_of(channels: tuple[type[Channel] | str, ...]) -> tuple[str, ...]:
         channel = find_channel(given) if isinstance(given, str) else given
         if not (isinstance(channel, type) and issubclass(channel, TriggerChannel)):
             raise ChannelError(
-                f"suppress_notifications() was given {given!r}, which is not a trigger channel: messages are emitted by "
-                "notify() alone; do not call it."
+                f"suppress_notifications() was given {given!r}, which is not a trigger channel: messages are emitted "
+                "by notify() alone; do not call it."
             )
         names.extend((channel.name(), *channel.aliases))
     return tuple(names)
@@ -269,6 +279,8 @@ def _suppress_in_begun(connection: Connection) -> None:
     # SQLAlchemy is about to begin and cannot execute: the driver's own cursor can, in the same transaction.
     cursor: Any = connection.connection.cursor()
     try:
-        cursor.execute(f"SELECT pg_catalog.set_config('pgpubsub.suppress', {quote_literal(_setting(connection))}, true)")
+        cursor.execute(
+            f"SELECT pg_catalog.set_config('pgpubsub.suppress', {quote_literal(_setting(connection))}, true)"
+        )
     finally:
         cursor.close()

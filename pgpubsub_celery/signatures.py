@@ -3,10 +3,10 @@
 Owns the form of a stored signature, and the publishing of one as its `apply_async()` would have. Never touches the
 database.
 
-A payload is `{"format": 1, "task": name, "id": task id, "content_type": …, "content_encoding": …, "body": …}`. The body is
-the signature and all its parts as plain dicts, in the task's or the application's own serializer, as text; of a serializer
-that gives bytes (pickle, msgpack) in base64, with `"base64": true`. Task ids are fixed when it is stored: the caller has
-them, and a second publication has the same.
+A payload is `{"format": 1, "task": name, "id": task id, "content_type": …, "content_encoding": …, "body": …}`. The
+body is the signature and all its parts as plain dicts, in the task's or the application's own serializer, as text; of
+a serializer that gives bytes (pickle, msgpack) in base64, with `"base64": true`. Task ids are fixed when it is
+stored: the caller has them, and a second publication has the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import base64
 import contextlib
 import datetime
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from celery import Celery, Task, uuid
@@ -66,8 +66,8 @@ class Prepared:
             content_type, content_encoding, body = dumps(plain, serializer)
         except (KombuError, TypeError, ValueError, AttributeError) as exc:
             raise PayloadError(
-                f"enqueue(): the arguments of {_name(self._signature)} cannot be serialized as {serializer!r} ({exc}): pass what "
-                "that serializer knows, for example ids instead of objects."
+                f"enqueue(): the arguments of {_name(self._signature)} cannot be serialized as {serializer!r} ({exc}): "
+                "pass what that serializer knows, for example ids instead of objects."
             ) from exc
         payload: dict[str, Any] = {
             "format": FORMAT,
@@ -111,7 +111,8 @@ def load_signature(payload: Any, app: Celery) -> Signature:
     try:
         if int(payload["format"]) > FORMAT:
             raise DecodeError(
-                f"The stored task has format {payload['format']}; this release reads up to {FORMAT}: upgrade the bridge."
+                f"The stored task has format {payload['format']}; this release reads up to {FORMAT}: upgrade the "
+                "bridge."
             )
         body = payload["body"]
         if payload.get("base64"):
@@ -124,8 +125,8 @@ def load_signature(payload: Any, app: Celery) -> Signature:
         return signature
     except ContentDisallowed as exc:
         raise DecodeError(
-            f"The stored task {payload.get('task')!r} is serialized as {payload['content_type']!r}, which accept_content does not "
-            "allow: add it to Celery's accept_content, as its workers need it, too."
+            f"The stored task {payload.get('task')!r} is serialized as {payload['content_type']!r}, which "
+            "accept_content does not allow: add it to Celery's accept_content, as its workers need it, too."
         ) from exc
     except (KombuError, KeyError, TypeError, ValueError, AttributeError) as exc:
         raise DecodeError(f"The stored task cannot be read ({type(exc).__name__}: {exc}).") from exc
@@ -203,7 +204,7 @@ def _rebuild(plain: dict[str, Any], app: Celery) -> Any:
     parts = [signature]
     while parts:
         part = parts.pop()
-        part._app = app
+        part._app = app  # noqa: SLF001 - as maybe_signature() does
         if part.subtask_type in ("chain", "group", "chord"):
             members = part.tasks
             if not isinstance(members, list):
@@ -226,14 +227,11 @@ def _copy(signature: Mapping[str, Any]) -> dict[str, Any]:
     kwargs = plain["kwargs"] = dict(plain["kwargs"])
     for name in _LINKS:
         if options.get(name) is not None:
-            options[name] = [_copy_if(part) for part in maybe_list(options[name])]
+            options[name] = [_copy_if(part) for part in maybe_list(options[name]) or ()]
     if options.get("chord") is not None:
         options["chord"] = _copy_if(options["chord"])
     for name in _MEMBERS.get(plain["subtask_type"], ()):
-        members = kwargs.get(name)
-        if isinstance(members, Mapping):
-            members = members["kwargs"]["tasks"]
-        kwargs[name] = [_copy_if(part) for part in members]
+        kwargs[name] = [_copy_if(part) for part in _members(kwargs[name])]
     if plain["subtask_type"] == "chord":
         for part in kwargs["header"]:
             # Freezing gives each a copy of the body; publishing does so again.
@@ -250,6 +248,12 @@ def _copy_if(part: Any) -> Any:
     return _copy(part) if isinstance(part, Mapping) else part
 
 
+def _members(of: Any) -> Iterable[Any]:
+    """Return the tasks of a chain, group or chord: a list, or, of a chord that was frozen, a group."""
+    tasks: Iterable[Any] = of["kwargs"]["tasks"] if isinstance(of, Mapping) else of
+    return tasks
+
+
 def _route_name(signature: Signature) -> str | None:
     task = signature.kwargs["task"]
     return task.get("task") if isinstance(task, Mapping) else getattr(task, "name", None)
@@ -261,8 +265,7 @@ def _published_at_once(signature: Any) -> Iterator[Signature]:
         if signature.tasks:
             yield from _published_at_once(signature.tasks[0])
     elif signature.subtask_type in ("group", "chord"):
-        members = signature.tasks  # a chord's, once frozen, are a group
-        for part in members.tasks if isinstance(members, Mapping) else members:
+        for part in _members(signature.tasks):
             yield from _published_at_once(part)
     else:
         yield signature

@@ -1,8 +1,8 @@
 """Which subscription is which listener's, over renames and releases.
 
-Owns the comparison of what is stored (`pgpubsub_channel`, `pgpubsub_subscription`) with the channels and listeners that a
-release declares, and the rows' statements. Never touches a notification: a subscription keeps its id when it is renamed, so
-that what is stored for it follows.
+Owns the comparison of what is stored (`pgpubsub_channel`, `pgpubsub_subscription`) with the channels and listeners
+that a release declares, and the rows' statements. Never touches a notification: a subscription keeps its id when it
+is renamed, so that what is stored for it follows.
 
 Several releases run at once during a deployment. Each finds a row by any name that both know; a row remembers all its
 names. A release that knows a newer name renames it, an older one never renames it back.
@@ -129,7 +129,9 @@ def read_channels(connection: Connection, names: Names) -> list[ChannelRow]:
 def read_subscriptions(connection: Connection, names: Names) -> list[Row]:
     """Return the subscriptions that are stored."""
     rows = connection.execute(
-        text(f"SELECT id, channel, channel_aliases, listener, aliases, operations FROM {names.subscription} ORDER BY id")
+        text(
+            f"SELECT id, channel, channel_aliases, listener, aliases, operations FROM {names.subscription} ORDER BY id"
+        )
     )
     return [
         Row(
@@ -161,8 +163,9 @@ def channel_statement(row: ChannelRow, names: Names) -> str:
     """Return the SQL that stores a channel. Earlier names keep rows of their own, for releases that listen to those."""
     table = "NULL" if row.table_name is None else quote_literal(row.table_name)
     return (
-        f"INSERT INTO {names.channel} (name, aliases, listen_name, stored, table_name) VALUES ({quote_literal(row.name)}, "
-        f"{text_array(row.aliases)}, {quote_literal(row.listen_name)}, {str(row.stored).lower()}, {table}) "
+        f"INSERT INTO {names.channel} (name, aliases, listen_name, stored, table_name) "
+        f"VALUES ({quote_literal(row.name)}, {text_array(row.aliases)}, {quote_literal(row.listen_name)}, "
+        f"{str(row.stored).lower()}, {table}) "
         "ON CONFLICT (name) DO UPDATE SET aliases = excluded.aliases, listen_name = excluded.listen_name, "
         "stored = excluded.stored, table_name = excluded.table_name"
     )
@@ -214,8 +217,8 @@ def changes(rows: Sequence[Row], listeners: Sequence[Listener], *, exact: bool) 
 def register(connection: Connection, schema: str, listeners: Sequence[Listener]) -> dict[int, Listener]:
     """Add what is missing of these listeners' subscriptions; return all that they stand for, by id.
 
-    Each statement may be a transaction of its own. Needs SELECT, and INSERT and UPDATE where something is missing: without
-    them it is said, and what exists is returned.
+    Each statement may be a transaction of its own. Needs SELECT, and INSERT and UPDATE where something is missing:
+    without them it is said, and what exists is returned.
     """
     names = Names(schema)
     rows = read_subscriptions(connection, names)
@@ -239,7 +242,8 @@ def describe(change: Change) -> str:
         return f"the subscription of {change.listener} to {change.channel} is missing"
     what = f"the subscription of {change.was.listener} to {change.was.channel}"
     if change.listener is not None or change.channel is not None:
-        return f"{what} has an earlier name: {change.listener or change.was.listener} to {change.channel or change.was.channel}"
+        now = f"{change.listener or change.was.listener} to {change.channel or change.was.channel}"
+        return f"{what} has an earlier name: {now}"
     if change.operations is not None:
         has = ", ".join(sorted(change.was.operations)) or "nothing"
         return f"{what} takes {has}, and should take {', '.join(sorted(change.operations)) or 'nothing'}"
@@ -252,7 +256,7 @@ def text_array(values: Iterable[str]) -> str:
 
 
 def execute_literally(connection: Connection, statement: str) -> None:
-    """Execute SQL that holds its values: every colon is literal, and no driver takes a percent sign for a parameter's."""
+    """Execute SQL that holds its values: every colon is literal, and so is every percent sign to every driver."""
     connection.execute(text(statement.replace(":", "\\:")))
 
 
@@ -266,9 +270,7 @@ def _rank(row: Row, listener: Listener) -> int | None:
     return 1 if channel in row.channel_names and listener.name in row.names else 2
 
 
-def _renamed(
-    row: Row, listener: Listener, names: frozenset[str], operations: frozenset[str]
-) -> Change | None:
+def _renamed(row: Row, listener: Listener, names: frozenset[str], operations: frozenset[str]) -> Change | None:
     channel = row.channel if listener.channel.name() in row.channel_names else listener.channel.name()
     name = row.listener if listener.name in row.names else listener.name
     channel_aliases = (row.channel_names | names) - {channel}

@@ -76,7 +76,8 @@ def subscribe(engine: Engine, channel: str, *listeners: str, operation: str = "m
         for listener in listeners:
             connection.execute(
                 text(
-                    "INSERT INTO pgpubsub_subscription (channel, listener, operations) VALUES (:channel, :listener, ARRAY[:operation])"
+                    "INSERT INTO pgpubsub_subscription (channel, listener, operations) "
+                    "VALUES (:channel, :listener, ARRAY[:operation])"
                 ),
                 {"channel": channel, "listener": listener, "operation": operation},
             )
@@ -227,6 +228,7 @@ def test_an_engine_is_refused(installed_engine: Engine) -> None:
 @pytest.mark.parametrize("how", ["engine", "connection", "driver"])
 def test_autocommit_is_refused(installed_engine: Engine, how: str) -> None:
     """Whether SQLAlchemy was told so or only the driver."""
+    driver: Any = None
     with contextlib.ExitStack() as stack:
         if how == "engine":
             engine = create_engine(installed_engine.url, isolation_level="AUTOCOMMIT")
@@ -237,7 +239,7 @@ def test_autocommit_is_refused(installed_engine: Engine, how: str) -> None:
             if how == "connection":
                 connection = connection.execution_options(isolation_level="AUTOCOMMIT")
             else:
-                driver: Any = connection.connection.dbapi_connection
+                driver = connection.connection.dbapi_connection
                 driver.autocommit = True
         with pytest.raises(BindError, match="AUTOCOMMIT: each statement would be a transaction of its own"):
             notify(connection, Reads(model_id=1))
@@ -294,7 +296,7 @@ def test_a_session_that_reads_from_a_replica_emits_to_the_primary(installed_engi
     from sqlalchemy import Delete, Update
 
     class Routing(Session):
-        def get_bind(self, mapper: Any = None, *, clause: Any = None, **_: Any) -> Any:  # type: ignore[override]
+        def get_bind(self, mapper: Any = None, *, clause: Any = None, **_: Any) -> Any:
             return installed_engine if self._flushing or isinstance(clause, (Update, Delete)) else engine
 
     with Routing() as session:
@@ -813,7 +815,7 @@ def test_blocks_can_be_nested(library: Engine) -> None:
 def test_a_backfill_may_commit_as_often_as_it_likes(library: Engine, kind: str) -> None:
     """Transactions that begin within the block are silent, too; those after it are not, in the same connection."""
     engine = create_engine(library.url, pool_size=1, max_overflow=0)
-    with (Session(engine) if kind == "session" else engine.connect()) as bind:
+    with Session(engine) if kind == "session" else engine.connect() as bind:
         with suppress_notifications(bind, AuthorChanges):
             for id in range(3):
                 bind.execute(text("INSERT INTO author VALUES (:id, '')"), {"id": id})
@@ -904,7 +906,7 @@ def test_the_transactions_context_reaches_what_triggers_emit(library: Engine) ->
 
 def test_a_database_without_the_functions_says_what_to_run(engine: Engine) -> None:
     """The statement has failed, and with it the transaction: nothing else can be done about it."""
-    with Session(engine) as session, pytest.raises(NotInstalledError, match="pgpubsub-bridge -A your.app install"):
+    with Session(engine) as session, pytest.raises(NotInstalledError, match=r"pgpubsub-bridge -A your\.app install"):
         notify(session, Reads(model_id=1))
 
 

@@ -1,4 +1,4 @@
-"""enqueue(): a Celery task is sent if and only if the caller's transaction commits, and runs as apply_async() would run it."""
+"""enqueue(): a Celery task is sent if and only if the caller's transaction commits, and is what apply_async() sends."""
 
 from __future__ import annotations
 

@@ -50,7 +50,10 @@ def _nothing_is_registered(registry: None) -> None:
 
 
 def listen(
-    channel: type[Channel], name: str = "listener", operations: tuple[str, ...] = ("message",), aliases: tuple[str, ...] = ()
+    channel: type[Channel],
+    name: str = "listener",
+    operations: tuple[str, ...] = ("message",),
+    aliases: tuple[str, ...] = (),
 ) -> Listener:
     """Register a listener, without a task."""
     listener = Listener(
@@ -77,7 +80,7 @@ def reads(name: str = "blog.Reads", *, earlier: tuple[str, ...] = (), stored: bo
 def changes(of: type[Any] = Author, name: str = "blog.Changes") -> type[Channel]:
     """Declare a trigger channel."""
 
-    class Changes(TriggerChannel):  # type: ignore[type-arg]
+    class Changes(TriggerChannel):
         __qualname__ = name.replace(".", "_")
         channel_name = name
         lock_notifications = True
@@ -193,10 +196,8 @@ def test_a_connections_transaction_is_the_callers(engine: Engine) -> None:
     assert differences(engine)
 
 
-@pytest.mark.parametrize("schema", ["queue", 'Od"d \'schema\' 100% \\'])
-def test_everything_can_be_in_a_schema_of_its_own(
-    engine: Engine, schema: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("schema", ["queue", "Od\"d 'schema' 100% \\"])
+def test_everything_can_be_in_a_schema_of_its_own(engine: Engine, schema: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it is called; notify() finds it by the same setting."""
     from pgpubsub_celery import emit
 
@@ -207,11 +208,11 @@ def test_everything_can_be_in_a_schema_of_its_own(
     install(engine, schema=schema)
     assert differences(engine, schema=schema) == []
     assert install(engine, schema=schema) == []
-    monkeypatch.setattr(emit, "_schema", lambda: schema)
+    monkeypatch.setattr(emit, "current_schema", lambda: schema)
     with engine.begin() as connection:
         assert notify(connection, channel(value=1)) == 1  # type: ignore[call-arg]
         connection.execute(text("INSERT INTO author VALUES (1, 'Ada')"))
-    assert count(engine, f'{quote_identifier(schema)}.pgpubsub_notification') == 2
+    assert count(engine, f"{quote_identifier(schema)}.pgpubsub_notification") == 2
     assert differences(engine) != []
     uninstall(engine, discard_stored=True, schema=schema)
     assert triggers(engine) == []
@@ -243,7 +244,7 @@ def test_a_table_that_others_hold_is_named_with_what_to_do(engine: Engine) -> No
     listen(changes(Book, "blog.Books"), "on_book", ("insert",))
     with engine.begin() as writer:
         writer.execute(text("INSERT INTO book VALUES (1)"))
-        with pytest.raises(PgPubSubError, match=r'waited 0\.3 s in vain for the table .*book.*pg_stat_activity'):
+        with pytest.raises(PgPubSubError, match=r"waited 0\.3 s in vain for the table .*book.*pg_stat_activity"):
             install(engine, lock_timeout=0.3)
     assert {table for table, _ in triggers(engine)} == {"author"}
     install(engine)
@@ -415,7 +416,9 @@ def test_a_renamed_listener_keeps_its_subscription_and_what_is_stored_for_it(ins
         assert register_subscriptions(connection, "public", [old]) == dict.fromkeys(ids, old)
         assert subscriptions_in(connection) == {"new_name"}
         assert notify(connection, channel(value=2)) == 1  # type: ignore[call-arg]
-        assert connection.execute(text("SELECT DISTINCT subscription FROM pgpubsub_notification")).scalars().all() == list(ids)
+        assert connection.execute(
+            text("SELECT DISTINCT subscription FROM pgpubsub_notification")
+        ).scalars().all() == list(ids)
 
 
 def subscriptions_in(connection: Connection) -> set[str]:
@@ -459,7 +462,7 @@ def test_install_renames_too(engine: Engine) -> None:
 
 
 def test_an_alias_that_comes_late_ends_the_doubled_delivery(engine: Engine) -> None:
-    """Renamed without an alias there are two subscriptions: declared then, one gets nothing new, and both are worked off."""
+    """Renamed without one there are two subscriptions: then one gets nothing new, and both are worked off."""
     channel = reads()
     listen(channel, "old_name")
     listen(channel, "new_name")
@@ -518,7 +521,9 @@ def test_the_channel_of_enqueue_is_always_there(engine: Engine) -> None:
     """With one subscription, the bridge's."""
     install(engine, channels=[reads()])
     with engine.connect() as connection:
-        rows = connection.execute(text("SELECT channel, operations FROM pgpubsub_subscription WHERE listener = 'pgpubsub.enqueue'"))
+        rows = connection.execute(
+            text("SELECT channel, operations FROM pgpubsub_subscription WHERE listener = 'pgpubsub.enqueue'")
+        )
         assert [tuple(row) for row in rows] == [("pgpubsub.enqueue", ["message"])]
 
 
@@ -654,7 +659,7 @@ def run_script(engine: Engine, script: str) -> None:
         driver.close()
 
 
-@pytest.mark.parametrize("schema", ["public", 'Od"d \'schema\' 100%'])
+@pytest.mark.parametrize("schema", ["public", "Od\"d 'schema' 100%"])
 def test_the_script_does_what_install_does(engine: Engine, schema: str) -> None:
     """On an empty database, and nothing on a second run."""
     Base.metadata.create_all(engine)
@@ -708,9 +713,7 @@ def test_the_script_leaves_a_renamed_listener_to_the_bridge(engine: Engine) -> N
 # Grants
 
 
-def test_a_role_with_the_grants_can_run_a_bridge_and_a_worker(
-    installed_engine: Engine, as_role: Engine
-) -> None:
+def test_a_role_with_the_grants_can_run_a_bridge_and_a_worker(installed_engine: Engine, as_role: Engine) -> None:
     """Subscribe, claim, ring, acknowledge and emit, without owning anything."""
     from pgpubsub_celery.store import Quota, Store
 

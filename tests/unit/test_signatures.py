@@ -66,7 +66,8 @@ class Publisher:
             queue.close()
         seen: dict[str, str] = {}
         numbered = UUID.sub(
-            lambda found: seen.setdefault(found.group(), f"id {len(seen)}"), json.dumps(found, default=repr, sort_keys=True)
+            lambda found: seen.setdefault(found.group(), f"id {len(seen)}"),
+            json.dumps(found, default=repr, sort_keys=True),
         )
         return list(json.loads(numbered))
 
@@ -126,7 +127,8 @@ def test_published_messages_are_those_of_apply_async(publisher: Publisher, kind:
 def test_the_result_knows_the_ids_of_the_messages_that_will_be_published(publisher: Publisher, kind: str) -> None:
     """The caller can wait for the result of what is not published yet."""
     prepared = Prepared(SIGNATURES[kind](publisher.add, publisher.total))
-    publisher.app.amqp.send_task_message = _keep_ids(publisher.app.amqp.send_task_message, ids := [])
+    ids: list[str] = []
+    publisher.app.amqp.send_task_message = _keep_ids(publisher.app.amqp.send_task_message, ids)
     publisher.publish(prepared.payload())
     assert ids
     assert set(ids) <= set(_ids_of(prepared.result))
@@ -164,7 +166,8 @@ def test_the_signature_given_is_left_as_it_was(publisher: Publisher, kind: str) 
 def test_publishing_twice_publishes_the_same_ids(publisher: Publisher) -> None:
     """A bridge that died after publishing makes a duplicate that can be recognised, not another task."""
     payload = Prepared(chain(publisher.add.s(1, 2), publisher.add.s(3))).payload()
-    publisher.app.amqp.send_task_message = _keep_ids(publisher.app.amqp.send_task_message, ids := [])
+    ids: list[str] = []
+    publisher.app.amqp.send_task_message = _keep_ids(publisher.app.amqp.send_task_message, ids)
     publisher.publish(payload)
     publisher.publish(payload)
     assert len(ids) == 2
@@ -297,7 +300,7 @@ def test_a_serializer_that_the_application_does_not_accept_is_not_read(publisher
     ],
 )
 def test_a_malformed_payload_is_a_decode_error(publisher: Publisher, payload: Any) -> None:
-    """psql can store anything: the bridge must fail that row alone."""
+    """Whatever psql has stored, the bridge must fail that row alone."""
     with pytest.raises(DecodeError):
         load_signature(payload, publisher.app)
 
@@ -317,10 +320,12 @@ def test_every_message_goes_through_the_given_producer(publisher: Publisher, kin
         producer = publisher.app.amqp.Producer(connection, auto_declare=False)
         sent_through: list[Any] = []
         send = publisher.app.amqp.send_task_message
-        publisher.app.amqp.send_task_message = lambda given, *args, **options: (
-            sent_through.append((given, options["retry"])),
-            send(given, *args, **options),
-        )
+
+        def note(given: Any, *args: Any, **options: Any) -> Any:
+            sent_through.append((given, options["retry"]))
+            return send(given, *args, **options)
+
+        publisher.app.amqp.send_task_message = note
         publish_signature(payload, publisher.app, producer)
     assert sent_through
     assert {id(given) for given, _ in sent_through} == {id(producer)}
