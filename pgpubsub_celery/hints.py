@@ -63,13 +63,17 @@ def is_init_variable(annotation: Any) -> bool:
     return annotation is dataclasses.InitVar or isinstance(annotation, dataclasses.InitVar)
 
 
-def remember_local_names(cls: type, frame: types.FrameType | None) -> None:
-    """Keep what the annotations of `cls`, declared in `frame`, name from the function around it.
+def remember_local_names(cls: type, frame: types.FrameType | None, also: Any = None) -> None:
+    """Keep what the annotations of `cls`, and the one `also`, name from the function around the class statement.
+
+    `frame` is the one that was called for the class statement.
 
     Names of modules can be looked up whenever they are needed; those of a function are gone when it has ended.
     """
     if LOCAL_NAMES in cls.__dict__ or "<locals>" not in cls.__qualname__:
         return  # dataclass(slots=True) makes a second class of the first, names included
+    while frame is not None and frame.f_code.co_name == "__init_subclass__":
+        frame = frame.f_back
     scopes: list[Mapping[str, Any]] = []
     while frame is not None and frame.f_locals is not frame.f_globals:
         scopes.append(frame.f_locals)
@@ -77,7 +81,7 @@ def remember_local_names(cls: type, frame: types.FrameType | None) -> None:
             break
         frame = frame.f_back
     kept: dict[str, Any] = {}
-    waiting = list(_names_in(own_annotations(cls).values()))
+    waiting = list(_names_in([*own_annotations(cls).values(), also]))
     while waiting:
         name = waiting.pop()
         found = next((scope[name] for scope in scopes if name in scope), None)
@@ -109,7 +113,10 @@ class Scope:
         self.globals: dict[str, Any] = dict(vars(builtins))
         self.globals.update(outer or {})
         self.globals.update(vars(module) if module is not None else {})
-        self.locals: dict[str, Any] = {cls.__name__: cls}
+        self.locals: dict[str, Any] = {}
+        if outer and "<locals>" in cls.__qualname__:
+            self.locals.update(outer)
+        self.locals[cls.__name__] = cls
         for base in reversed(cls.__mro__):
             self.locals.update(base.__dict__.get(LOCAL_NAMES, {}))
         self.locals.update({one.__name__: one for one in cls.__dict__.get("__type_params__", ())})
@@ -160,11 +167,21 @@ def type_variables(cls: type, given: Mapping[Any, Any] | None = None) -> dict[ty
             for known, variables in type_variables(base).items():
                 bound.setdefault(known, {}).update(variables)
         elif isinstance(origin, type) and origin not in (typing.Generic, typing.Protocol):
-            arguments = [substitute(argument, bound[cls]) for argument in typing.get_args(base)]
+            arguments = [substitute(_known(argument, cls), bound[cls]) for argument in typing.get_args(base)]
             variables = dict(zip(_parameters(origin), arguments, strict=False))
             for known, more in type_variables(origin, variables).items():
                 bound.setdefault(known, {}).update(more)
     return bound
+
+
+def _known(argument: Any, cls: type) -> Any:
+    """Return what the text in `Box["Item"]` means, if that is known already; it stands in the module of `cls`."""
+    if not isinstance(argument, str | typing.ForwardRef):
+        return argument
+    try:
+        return Scope(cls).resolve(argument)
+    except (UnresolvedNameError, UnreadableError):
+        return argument
 
 
 def substitute(annotation: Any, variables: Mapping[Any, Any]) -> Any:

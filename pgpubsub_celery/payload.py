@@ -1,10 +1,10 @@
 """A message to its stored payload and back.
 
-Owns what a user is told when a message does not fit its channel, or a stored payload no longer does: channel, field, value,
-expected type. How the values of a type become JSON is `fieldtypes`'.
+Owns what a user is told when a message does not fit its channel, or a stored payload no longer does: channel, field,
+value, expected type. How the values of a type become JSON is `fieldtypes`'.
 
-A payload is an object of the channel's fields. Rows outlive releases: a field that a payload lacks has its default, one that
-the channel no longer has is ignored.
+A payload is an object of the channel's fields. Rows outlive releases: a field that a payload lacks has its default, one
+that the channel no longer has is ignored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from pgpubsub_celery.channels import Channel, TriggerChannel, check_declared, path_of
 from pgpubsub_celery.errors import ChannelError, DecodeError, PayloadError, did_you_mean
-from pgpubsub_celery.fieldtypes import Codec, Field, MismatchError, codec_of, fields_of, show
+from pgpubsub_celery.fieldtypes import Codec, Dataclass, MismatchError, codec_of, show
 
 NESTED = "it contains itself, or is nested too deeply"
 
@@ -26,7 +26,7 @@ def build_message(channel: type[Channel], fields: Mapping[str, Any]) -> Channel:
         PayloadError: a field is unknown or missing, or a value is not of its field's type.
         ChannelError: the class cannot be used as a channel.
     """
-    known = _fields_of(channel)
+    known = _codec_of(channel).fields
     names = [field.name for field in known]
     for name in fields:
         if name not in names:
@@ -79,18 +79,13 @@ def decode_message(channel: type[Channel], payload: Mapping[str, Any]) -> Channe
     return message
 
 
-def _codec_of(channel: type[Channel]) -> Codec:
+def _codec_of(channel: type[Channel]) -> Dataclass:
     check_declared(channel)
     if issubclass(channel, TriggerChannel):
         raise ChannelError(
             f"{channel.name()} is a trigger channel: it has no messages, its table's rows are its payload."
         )
     return codec_of(channel, path_of(channel))
-
-
-def _fields_of(channel: type[Channel]) -> tuple[Field, ...]:
-    _codec_of(channel)
-    return fields_of(channel, path_of(channel))
 
 
 def _encode(channel: type[Channel], codec: Codec, value: Any, step: str = "") -> Any:

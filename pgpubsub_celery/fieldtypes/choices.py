@@ -1,8 +1,8 @@
-"""Values of one of several types, or of a few known values, to JSON and back: unions, enums, literals, Any.
+"""Values of one of several types, or out of a few, to JSON and back: unions, enums, literals, Any.
 
-Owns how they are told apart. Where the JSON of the types of a union differs in kind (`int | str`), it is plain JSON; where
+Owns how they are told apart. Where the JSON of a union's types differs in kind (`int | str`), it is plain JSON; where
 not (`date | datetime`, both strings), one goes plain and the others with a tag: `{"$type": "datetime", "value": "…"}`.
-Which one does not depend on the order in the annotation, because Python does not always keep it.
+Which one does not depend on the order in the annotation, because Python does not always keep that.
 """
 
 from __future__ import annotations
@@ -11,51 +11,14 @@ import enum
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pgpubsub_celery.fieldtypes.codec import Codec, MismatchError, key_step, kind_of
-from pgpubsub_celery.fieldtypes.containers import as_object, pairs_of
-from pgpubsub_celery.fieldtypes.scalars import INT, NONE, SCALARS, STR, decode_text, encode_text
+from typing_extensions import override
 
-TAG = "$type"
-VALUE = "value"
-
-
-def optional_codec(member: Codec) -> Codec:
-    """Return the codec of None or one type."""
-    expected = f"{member.expected} | None"
-    encode_member, decode_member, exact_member = member.encode, member.decode, member.exact
-
-    def encode(value: Any) -> Any:
-        if value is None:
-            return None
-        try:
-            return encode_member(value)
-        except MismatchError as exc:
-            if not exc.path:
-                exc.expected = expected
-            raise
-
-    def decode(json: Any) -> Any:
-        if json is None:
-            return None
-        try:
-            return decode_member(json)
-        except MismatchError as exc:
-            if not exc.path:
-                exc.expected = expected
-            raise
-
-    return Codec(
-        expected=expected,
-        identity=f"{member.identity}|None",
-        encode=encode,
-        decode=decode,
-        exact=lambda value: value is None or exact_member(value),
-        kinds=member.kinds | {"null"},
-        rank=member.rank,
-    )
+from pgpubsub_celery.fieldtypes.codec import TAG, VALUE, Codec, MismatchError, identity_of, key_step, kind_of
+from pgpubsub_celery.fieldtypes.containers import PAIRS, as_object, pairs_of
+from pgpubsub_celery.fieldtypes.scalars import FLOAT, INT, NONE, SCALARS, STR, decode_text, encode_text
 
 
-def union_codec(members: Iterable[Codec]) -> Codec:
+def union_of(members: Iterable[Codec]) -> Codec:
     """Return the codec of a union.
 
     Raises:
@@ -66,259 +29,291 @@ def union_codec(members: Iterable[Codec]) -> Codec:
     if len(ordered) == 1:
         return ordered[0]
     if NONE in ordered and len(ordered) == 2:
-        return optional_codec(ordered[1])
-    return _tagged_union(ordered)
+        return Optional(ordered[1])
+    return Union(ordered)
 
 
-def _tagged_union(members: Sequence[Codec]) -> Codec:
-    expected = " | ".join(
-        [*(one.expected for one in members if one is not NONE), *(["None"] if NONE in members else [])]
-    )
-    plain: dict[str, Codec] = {}
-    tagged: dict[str, Codec] = {}
-    tags: dict[Codec, str] = {}
-    for member in members:
-        if plain.keys().isdisjoint(member.kinds) and not (plain and "any" in member.kinds):
-            plain.update(dict.fromkeys(member.kinds, member))
-            continue
-        tag = member.expected
-        if [other.expected for other in members].count(tag) > 1:
-            tag = member.identity
-        if tag in tagged:
-            raise ValueError(f"two types of the union {expected} have the same name")
-        tagged[tag], tags[member] = member, tag
+class Optional(Codec):
+    """None or one type."""
 
-    def write(member: Codec, value: Any) -> Any:
-        json = member.encode(value)
-        return {TAG: tags[member], VALUE: json} if member in tags else json
+    def __init__(self, member: Codec) -> None:
+        """`member`: the one."""
+        super().__init__(f"{member.expected} | None", f"{member.identity}|None", {*member.kinds, "null"})
+        self.rank = member.rank
+        self.tags = member.tags
+        self._member = member
 
-    def encode(value: Any) -> Any:
+    @override
+    def encode(self, value: Any, /) -> Any:
+        if value is None:
+            return None
+        try:
+            return self._member.encode(value)
+        except MismatchError as exc:
+            self._adopt(exc)
+            raise
+
+    @override
+    def decode(self, json: Any, /) -> Any:
+        if json is None:
+            return None
+        try:
+            return self._member.decode(json)
+        except MismatchError as exc:
+            self._adopt(exc)
+            raise
+
+    def _adopt(self, exc: MismatchError) -> None:
+        if not exc.path:
+            exc.expected = self.expected
+
+    @override
+    def exact(self, value: Any, /) -> bool:
+        return value is None or self._member.exact(value)
+
+
+class Union(Codec):
+    """Several types, in an order of its own."""
+
+    def __init__(self, members: Sequence[Codec]) -> None:
+        """`members`: those that may go without a tag first."""
+        names = [member.expected for member in members if member is not NONE]
+        if NONE in members:
+            names.append("None")
+        self._members = members
+        self._plain: dict[str, Codec] = {}
+        self._tagged: dict[str, Codec] = {}
+        self._tags: dict[Codec, str] = {}
         for member in members:
+            if self._plain.keys().isdisjoint(member.kinds) and not (self._plain and "any" in member.kinds):
+                self._plain.update(dict.fromkeys(member.kinds, member))
+            else:
+                self._tag(member, member.expected if names.count(member.expected) == 1 else member.identity)
+        super().__init__(" | ".join(names), "|".join(sorted(member.identity for member in members)), self._plain)
+
+    def _tag(self, member: Codec, tag: str) -> None:
+        if tag in self._tagged:
+            raise ValueError(f"two types of the union have the same name {tag}")
+        self._tagged[tag] = member
+        self._tags[member] = tag
+
+    @override
+    def encode(self, value: Any, /) -> Any:
+        for member in self._members:
             if member.exact(value):
-                return write(member, value)
+                return self._write(member, value)
         inside: list[MismatchError] = []
-        for member in members:
+        for member in self._members:
             try:
-                return write(member, value)
+                return self._write(member, value)
             except MismatchError as exc:
-                if exc.path:
-                    inside.append(exc)
-        raise inside[0] if len(inside) == 1 else MismatchError(value, expected)
+                inside.append(exc)
+        raise self._of(inside, value)
 
-    def decode(json: Any) -> Any:
-        if type(json) is dict and json.keys() == {TAG, VALUE} and json[TAG] in tagged:
-            return tagged[json[TAG]].decode(json[VALUE])
-        first = plain.get(kind_of(json)) or plain.get("any")
+    def _write(self, member: Codec, value: Any) -> Any:
+        json = member.encode(value)
+        return {TAG: self._tags[member], VALUE: json} if member in self._tags else json
+
+    @override
+    def decode(self, json: Any, /) -> Any:
+        if type(json) is dict and json.keys() == {TAG, VALUE} and type(json[TAG]) is str and json[TAG] in self._tagged:
+            return self._tagged[json[TAG]].decode(json[VALUE])
+        plain = self._plain.get(kind_of(json))
         inside: list[MismatchError] = []
-        # Written by hand it has no tag: then whatever fits.
-        for member in members if first is None else (first, *(one for one in members if one is not first)):
+        # What was written by hand has no tag: whatever fits, then.
+        for member in self._members if plain is None else (plain, *self._members):
             try:
                 return member.decode(json)
             except MismatchError as exc:
-                if exc.path:
-                    inside.append(exc)
-        raise inside[0] if len(inside) == 1 else MismatchError(json, expected)
+                inside.append(exc)
+        raise self._of(inside, json)
 
-    return Codec(
-        expected=expected,
-        identity="|".join(sorted(member.identity for member in members)),
-        encode=encode,
-        decode=decode,
-        exact=lambda value: any(member.exact(value) for member in members),
-        kinds=frozenset(plain) | (frozenset({TAG}) if tagged else frozenset()),
-    )
+    def _of(self, mismatches: list[MismatchError], value: Any) -> MismatchError:
+        """Return the one error that knows better than "none of these", if there is one."""
+        deep = {exc.path: exc for exc in mismatches if exc.path}
+        return next(iter(deep.values())) if len(deep) == 1 else MismatchError(value, self.expected)
+
+    @override
+    def exact(self, value: Any, /) -> bool:
+        return any(member.exact(value) for member in self._members)
 
 
-def enum_codec(kind: Any) -> Codec:
-    """Return the codec of an Enum: its value if that is text, or if members are ints (IntEnum, Flag); else its name.
+class Enum(Codec):
+    """A member: by its value if all values are text, or if members are ints (IntEnum); otherwise by its name.
 
-    Names stay when members are added in between; values of `auto()` do not.
+    Names stay what they are when members are added in between; values of `auto()` do not. Both are read.
     """
-    if issubclass(kind, enum.Flag):
-        return _flag_codec(kind)
-    by_value = issubclass(kind, int) or all(type(member.value) is str for member in kind)
-    by_json: dict[tuple[type, Any], Any] = {}
-    to_json: dict[Any, Any] = {}
-    for member in kind:
-        value = member.value
-        json = encode_text(member.name)
-        if by_value:
-            json = encode_text(value) if type(value) is str else INT.encode(int(member))
-        to_json[member.name] = json
-        for text in (value, member.name) if by_value else (member.name, value):
-            if type(text) in (str, int):
-                by_json.setdefault((type(text), text), member)
-    # A name of one that is the value of another means the value.
-    if by_value:
-        by_json.update(
-            {(type(member.value), member.value): member for member in kind if type(member.value) in (str, int)}
-        )
-    else:
-        by_json.update({(str, member.name): member for member in kind})
 
-    def encode(value: Any) -> Any:
-        if type(value) is not kind:
-            raise MismatchError(value, kind.__name__)
-        return to_json[value.name]
+    def __init__(self, kind: Any) -> None:
+        """`kind`: an Enum with members."""
+        by_value = issubclass(kind, int) or all(type(member.value) is str for member in kind)
+        self._kind = kind
+        self._json: dict[str, Any] = {}
+        self._members: dict[tuple[type, Any], Any] = {}
+        for member in kind:
+            value = STR.encode(member.value) if type(member.value) is str else int(member) if by_value else None
+            self._json[member.name] = value if by_value else STR.encode(member.name)
+        # The later one wins: a text that is one member's name and another's value is what would have been written.
+        names: dict[tuple[type, Any], Any] = {(str, member.name): member for member in kind}
+        values = {(type(one.value), one.value): one for one in kind if type(one.value) in (str, int)}
+        self._members = {**names, **values} if by_value else {**values, **names}
+        super().__init__(kind.__name__, identity_of(kind), map(kind_of, self._json.values()))
 
-    def decode(json: Any) -> Any:
-        plain = json
-        if type(json) is dict:
-            plain = STR.decode(json) if "$text" in json else INT.decode(json)
-        found = by_json.get((type(plain), plain)) if type(plain) in (str, int) else None
+    @override
+    def encode(self, value: Any, /) -> Any:
+        if type(value) is not self._kind:
+            raise MismatchError(value, self.expected)
+        return self._json[value.name]
+
+    @override
+    def decode(self, json: Any, /) -> Any:
+        plain = decode_text(json) if kind_of(json) == "$text" else json
+        if type(plain) not in (str, int):
+            raise MismatchError(json, self.expected)
+        found = self._members.get((type(plain), plain))
         if found is not None:
             return found
         try:
-            return kind(plain)  # an alias's value, or a _missing_ of the user's
+            return self._kind(plain)  # the user's _missing_ may know it
         except Exception as exc:
-            raise MismatchError(json, kind.__name__) from exc
+            raise MismatchError(json, self.expected) from exc
 
-    return _codec_of_enum(kind, encode, decode, to_json.values())
+    @override
+    def exact(self, value: Any, /) -> bool:
+        return type(value) is self._kind
 
 
-def _flag_codec(kind: Any) -> Codec:
-    def encode(value: Any) -> Any:
-        if type(value) is not kind:
-            raise MismatchError(value, kind.__name__)
+class Flag(Codec):
+    """Any combination of a Flag's members, as an int."""
+
+    def __init__(self, kind: Any) -> None:
+        """`kind`: a Flag or IntFlag."""
+        super().__init__(kind.__name__, identity_of(kind), INT.kinds)
+        self._kind = kind
+
+    @override
+    def encode(self, value: Any, /) -> Any:
+        if type(value) is not self._kind:
+            raise MismatchError(value, self.expected)
         return INT.encode(value.value)
 
-    def decode(json: Any) -> Any:
+    @override
+    def decode(self, json: Any, /) -> Any:
         try:
-            return kind(INT.decode(json))
+            return self._kind(INT.decode(json))
         except (ValueError, MismatchError) as exc:
-            raise MismatchError(json, kind.__name__) from exc
+            raise MismatchError(json, self.expected) from exc
 
-    return _codec_of_enum(kind, encode, decode, [0, {"$int": ""}])
-
-
-def _codec_of_enum(kind: Any, encode: Any, decode: Any, jsons: Iterable[Any]) -> Codec:
-    return Codec(
-        expected=kind.__name__,
-        identity=identity_of(kind),
-        encode=encode,
-        decode=decode,
-        exact=lambda value: type(value) is kind,
-        kinds=frozenset(map(kind_of, jsons)),
-    )
+    @override
+    def exact(self, value: Any, /) -> bool:
+        return type(value) is self._kind
 
 
-def identity_of(kind: type) -> str:
-    """Return a class's path."""
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def literal_codec(values: Iterable[Any]) -> Codec:
-    """Return the codec of a Literal: a union of its values' types, with those values alone.
-
-    Raises:
-        ValueError: a value that no Literal can have.
-    """
+def literal_of(values: Iterable[Any]) -> Codec:
+    """Return the codec of a Literal: a union of its values' types, with those values alone."""
     by_type: dict[type, list[Any]] = {}
     for value in values:
         by_type.setdefault(type(value), []).append(value)
-    return union_codec([_literal_of(kind, known) for kind, known in by_type.items()])
+    return union_of(NONE if kind is type(None) else Literal(kind, known) for kind, known in by_type.items())
 
 
-def _literal_of(kind: type, values: list[Any]) -> Codec:
-    if kind is type(None):
-        return NONE
-    base = enum_codec(kind) if issubclass(kind, enum.Enum) else SCALARS.get(kind)
-    if base is None:
-        raise ValueError(f"a Literal cannot be {values[0]!r}")
-    expected = f"Literal[{', '.join(str(one) if isinstance(one, enum.Enum) else repr(one) for one in values)}]"
+class Literal(Codec):
+    """Some values of one type."""
 
-    def encode(value: Any) -> Any:
-        if type(value) is not kind or value not in values:
-            raise MismatchError(value, expected)
-        return base.encode(value)
+    def __init__(self, kind: type, values: list[Any]) -> None:
+        """`kind`: what Literal allows: bool, int, str, bytes, or an Enum."""
+        base = Enum(kind) if issubclass(kind, enum.Enum) else SCALARS[kind]
+        shown = ", ".join(str(value) if isinstance(value, enum.Enum) else repr(value) for value in values)
+        super().__init__(f"Literal[{shown}]", f"Literal[{base.identity}: {shown}]", base.kinds)
+        self.rank = base.rank
+        self._kind = kind
+        self._values = values
+        self._base = base
 
-    def decode(json: Any) -> Any:
+    @override
+    def encode(self, value: Any, /) -> Any:
+        if not self.exact(value):
+            raise MismatchError(value, self.expected)
+        return self._base.encode(value)
+
+    @override
+    def decode(self, json: Any, /) -> Any:
         try:
-            value = base.decode(json)
+            value = self._base.decode(json)
         except MismatchError as exc:
-            raise MismatchError(json, expected) from exc
-        if value not in values:
-            raise MismatchError(json, expected)
+            raise MismatchError(json, self.expected) from exc
+        if value not in self._values:
+            raise MismatchError(json, self.expected)
         return value
 
-    return Codec(
-        expected=expected,
-        identity=f"Literal[{base.identity}: {', '.join(map(repr, values))}]",
-        encode=encode,
-        decode=decode,
-        exact=lambda value: type(value) is kind and value in values,
-        kinds=base.kinds,
-        rank=base.rank,
-    )
+    @override
+    def exact(self, value: Any, /) -> bool:
+        return type(value) is self._kind and value in self._values
 
 
-_ANY = "a JSON value: None, bool, int, float, str, or a list or dict (with str keys) of them"
+class AnyJson(Codec):
+    """What JSON itself knows. Nothing is converted: a tuple would come back as a list."""
 
+    rank = 9
 
-def _encode_any(value: Any) -> Any:  # noqa: PLR0911
-    kind = type(value)
-    if value is None or kind is bool:
-        return value
-    if kind is str:
-        return encode_text(value)
-    if kind is int:
-        return INT.encode(value)
-    if kind is float:
-        # jsonb writes numbers from 1e16 on as ints.
-        return SCALARS[float].encode(value) if abs(value) < 1e16 else {"$float": repr(value)}
-    if kind is list:
-        encoded: list[Any] = []
+    def __init__(self) -> None:
+        super().__init__(
+            "a JSON value (None, bool, int, float, str, or a list or a dict with str keys of these)", "Any", {"any"}
+        )
+
+    @override
+    def encode(self, value: Any, /) -> Any:
+        kind = type(value)
+        if value is None or kind is bool:
+            return value
+        if kind is str:
+            return encode_text(value)
+        if kind is int:
+            return INT.encode(value)
+        if kind is float:
+            # jsonb writes numbers from 1e16 on as ints.
+            return FLOAT.encode(value) if abs(value) < 1e16 else {"$float": repr(value)}
+        if kind is list:
+            return [self._encode_part(f"[{index}]", one) for index, one in enumerate(value)]
+        if kind is dict:
+            return as_object(
+                [(self._encode_key(key, value), self._encode_part(key_step(key), one)) for key, one in value.items()]
+            )
+        raise MismatchError(value, self.expected)
+
+    def _encode_part(self, step: str, value: Any) -> Any:
         try:
-            for one in value:
-                encoded.append(_encode_any(one))  # noqa: PERF401 - its length says where an error is
+            return self.encode(value)
         except MismatchError as exc:
-            exc.under(f"[{len(encoded)}]")
+            exc.under(step)
             raise
-        return encoded
-    if kind is dict:
-        return as_object([_encode_any_pair(key, one, value) for key, one in value.items()])
-    raise MismatchError(value, _ANY)
+
+    def _encode_key(self, key: Any, owner: Any) -> Any:
+        if type(key) is not str:
+            raise MismatchError(owner, self.expected, f"the key {key_step(key)[1:-1]} is no str")
+        return encode_text(key)
+
+    @override
+    def decode(self, json: Any, /) -> Any:
+        if type(json) is list:
+            return [self.decode(one) for one in json]
+        if type(json) is not dict:
+            return json
+        kind = kind_of(json)
+        if kind == PAIRS:
+            return {self.decode(key): self.decode(value) for key, value in pairs_of(json, self.expected)}
+        if kind in _SPECIAL:
+            return _SPECIAL[kind].decode(json)
+        return {key: self.decode(value) for key, value in json.items()}
+
+    @override
+    def exact(self, value: Any, /) -> bool:
+        try:
+            self.encode(value)
+        except MismatchError:
+            return False
+        return True
 
 
-def _encode_any_pair(key: Any, value: Any, owner: Any) -> tuple[Any, Any]:
-    if type(key) is not str:
-        raise MismatchError(owner, _ANY, f"its key {key_step(key)[1:-1]} is no str")
-    try:
-        return encode_text(key), _encode_any(value)
-    except MismatchError as exc:
-        exc.under(key_step(key))
-        raise
-
-
-def _decode_any(json: Any) -> Any:
-    if type(json) is list:
-        return [_decode_any(one) for one in json]
-    if type(json) is not dict:
-        return json
-    kind = kind_of(json)
-    if kind == "$dict":
-        return {_decode_any(key): _decode_any(value) for key, value in pairs_of(json, _ANY)}
-    if kind == "$text" and type(json["$text"]) is str:
-        return decode_text(json)
-    if kind in ("$int", "$float"):
-        return SCALARS[int if kind == "$int" else float].decode(json)
-    return {key: _decode_any(value) for key, value in json.items()}
-
-
-def _exact_any(value: Any) -> bool:
-    try:
-        _encode_any(value)
-    except MismatchError:
-        return False
-    return True
-
-
-ANY = Codec(
-    expected=_ANY,
-    identity="Any",
-    encode=_encode_any,
-    decode=_decode_any,
-    exact=_exact_any,
-    kinds=frozenset({"any"}),
-    rank=9,
-)
+_SPECIAL = {"$text": STR, "$int": INT, "$float": FLOAT}
+ANY = AnyJson()

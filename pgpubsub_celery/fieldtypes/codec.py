@@ -5,9 +5,8 @@ Owns no type. Exists because an error deep in a value must name the path to it, 
 
 from __future__ import annotations
 
-import dataclasses
 import reprlib
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 SHOWN = 80
@@ -46,24 +45,38 @@ class MissingError(MismatchError):
         return f"is missing: expected {self.expected}"
 
 
-@dataclasses.dataclass(eq=False, slots=True)
 class Codec:
     """Checks the values of one type, and turns them into JSON and back. Made once for each field."""
 
-    expected: str
-    """The type, as errors name it."""
-    identity: str
-    """The type, so that no other has the same."""
-    encode: Callable[[Any], Any]
-    """A value to JSON; MismatchError if it is not of the type."""
-    decode: Callable[[Any], Any]
-    """JSON to a value; MismatchError if it is not the JSON of one."""
-    exact: Callable[[Any], bool]
-    """Whether a value is of the type as it is, all the way down: nothing would be converted."""
-    kinds: frozenset[str]
-    """What its JSON may be: null, bool, number, string, list, object, or an object with that one key ($text, …)."""
-    rank: int = 5
+    rank = 5
     """Of several types with JSON of the same kind, the one of the lowest rank goes without a tag."""
+
+    def __init__(self, expected: str, identity: str, kinds: Iterable[str]) -> None:
+        """`expected` and `identity` name the type, the second so that no other has the same name.
+
+        `kinds`: what its JSON may be: null, bool, number, string, list, object, or an object with one key, as $text.
+        """
+        self.expected = expected
+        self.identity = identity
+        self.kinds = frozenset(kinds)
+        self.tags = (expected, identity)
+        """What unions may have written before it, when the field was one."""
+
+    def encode(self, value: Any, /) -> Any:
+        """Return JSON for a value; MismatchError if it is not of the type."""
+        raise NotImplementedError
+
+    def decode(self, json: Any, /) -> Any:
+        """Return the value of JSON; MismatchError if it is not the JSON of one."""
+        raise NotImplementedError
+
+    def exact(self, value: Any, /) -> bool:
+        """Whether a value is of the type as it is, all the way down: nothing would be converted."""
+        raise NotImplementedError
+
+
+TAG = "$type"
+VALUE = "value"
 
 
 def kind_of(json: Any) -> str:
@@ -93,11 +106,13 @@ class _Short(reprlib.Repr):
         self.maxlevel = 3
         self.maxstring = self.maxother = self.maxlong = SHOWN
 
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return self.repr_str(x, level)  # type: ignore[arg-type]  # slices are all it needs
+
     def repr1(self, x: Any, level: int) -> str:
         try:
             return super().repr1(x, level)
-        except Exception:
-            # A __repr__ of the user's, or an int of more digits than Python shows.
+        except Exception:  # noqa: BLE001 - a __repr__ of the user's, or an int of more digits than Python shows
             return f"<{type(x).__name__}>"
 
 
@@ -115,3 +130,8 @@ def key_step(key: Any) -> str:
     """Return a dictionary's key as a step of a path."""
     text = _Short().repr(key)
     return f"[{text if len(text) <= SHOWN else text[: SHOWN - 1] + '…'}]"
+
+
+def identity_of(kind: type) -> str:
+    """Return a class's path."""
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,119 +1,186 @@
 """Values with parts to JSON and back: lists, tuples, sets, dicts and dataclasses.
 
-Owns their JSON: lists, and objects. jsonb sorts an object's keys, so that a dict comes back equal, but in another order.
-An instance of a subclass of list, tuple, set or dict is stored as what the field says it is; one of a dataclass's is refused,
-because its further fields would be lost.
+Owns their JSON: lists, and objects. jsonb sorts an object's keys: a dict comes back equal, but in another order.
+
+An instance of a subclass of list, tuple, set or dict is stored as what the field says it is; one of a subclass of a
+dataclass is refused, because its further fields would be lost.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pgpubsub_celery.fieldtypes.codec import Codec, MismatchError, MissingError, key_step
+from typing_extensions import override
+
+from pgpubsub_celery.fieldtypes.codec import TAG, VALUE, Codec, MismatchError, MissingError, identity_of, key_step
 from pgpubsub_celery.fieldtypes.scalars import INT
 
+PAIRS = "$dict"
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,1300}")
 
-def items_codec(kind: Any, item: Codec) -> Codec:
-    """Return the codec of list, set, frozenset, or of tuples of any length."""
-    expected = f"{kind.__name__}[{item.expected}{', ...' if kind is tuple else ''}]"
-    encode_item, decode_item, exact_item = item.encode, item.decode, item.exact
 
-    def encode(value: Any) -> list[Any]:
-        if not isinstance(value, kind):
-            raise MismatchError(value, expected)
+class Items(Codec):
+    """list, set, frozenset, and tuples of any length."""
+
+    def __init__(self, kind: Any, item: Codec) -> None:
+        """`item`: of each of the items."""
+        super().__init__(
+            f"{kind.__name__}[{item.expected}{', ...' if kind is tuple else ''}]",
+            f"{kind.__name__}[{item.identity},...]",
+            {"list"},
+        )
+        self._kind = kind
+        self._item = item
+
+    @override
+    def encode(self, value: Any, /) -> Any:
+        if not isinstance(value, self._kind):
+            raise MismatchError(value, self.expected)
+        encode = self._item.encode
         encoded: list[Any] = []
         try:
             for one in value:
-                encoded.append(encode_item(one))  # noqa: PERF401 - its length says where an error is
+                encoded.append(encode(one))  # noqa: PERF401 - its length says where an error is
         except MismatchError as exc:
             exc.under(f"[{len(encoded)}]")
             raise
         return encoded
 
-    def decode(json: Any) -> Any:
+    @override
+    def decode(self, json: Any, /) -> Any:
         if type(json) is not list:
-            raise MismatchError(json, expected)
+            raise MismatchError(json, self.expected)
+        decode = self._item.decode
         decoded: list[Any] = []
         try:
             for one in json:
-                decoded.append(decode_item(one))  # noqa: PERF401 - as above
+                decoded.append(decode(one))  # noqa: PERF401 - its length says where an error is
         except MismatchError as exc:
             exc.under(f"[{len(decoded)}]")
             raise
-        return decoded if kind is list else _built(kind, decoded, json, expected)
+        if self._kind is list:
+            return decoded
+        try:
+            return self._kind(decoded)
+        except TypeError as exc:  # not hashable
+            raise MismatchError(json, self.expected, str(exc)) from exc
 
-    return Codec(
-        expected=expected,
-        identity=f"{kind.__name__}[{item.identity},...]",
-        encode=encode,
-        decode=decode,
-        exact=lambda value: type(value) is kind and all(map(exact_item, value)),
-        kinds=frozenset({"list"}),
-    )
-
-
-def _built(kind: Callable[[Any], Any], decoded: Any, json: Any, expected: str) -> Any:
-    try:
-        return kind(decoded)
-    except TypeError as exc:
-        raise MismatchError(json, expected, str(exc)) from exc  # not hashable
+    @override
+    def exact(self, value: Any, /) -> bool:
+        return type(value) is self._kind and all(map(self._item.exact, value))
 
 
-def tuple_codec(items: Sequence[Codec]) -> Codec:
-    """Return the codec of tuples of a fixed length."""
-    expected = f"tuple[{', '.join(item.expected for item in items) or '()'}]"
-    count = len(items)
+class Tuple(Codec):
+    """A tuple of a fixed length."""
 
-    def convert(values: Any, converters: Iterable[Callable[[Any], Any]]) -> list[Any]:
+    def __init__(self, items: Sequence[Codec]) -> None:
+        """`items`: of each item its own."""
+        super().__init__(
+            f"tuple[{', '.join(item.expected for item in items) or '()'}]",
+            f"tuple[{','.join(item.identity for item in items)}]",
+            {"list"},
+        )
+        self._items = items
+
+    @override
+    def encode(self, value: Any, /) -> Any:
+        if not isinstance(value, tuple):
+            raise MismatchError(value, self.expected)
+        return self._convert(value, "encode")
+
+    @override
+    def decode(self, json: Any, /) -> Any:
+        if type(json) is not list:
+            raise MismatchError(json, self.expected)
+        return tuple(self._convert(json, "decode"))
+
+    def _convert(self, values: Any, method: str) -> list[Any]:
+        if len(values) != len(self._items):
+            raise MismatchError(values, self.expected, f"{len(values)} items instead of {len(self._items)}")
         converted: list[Any] = []
         try:
-            for converter, one in zip(converters, values, strict=True):
-                converted.append(converter(one))  # noqa: PERF401 - its length says where an error is
+            for item, one in zip(self._items, values, strict=True):
+                converted.append(getattr(item, method)(one))
         except MismatchError as exc:
             exc.under(f"[{len(converted)}]")
             raise
         return converted
 
-    def encode(value: Any) -> list[Any]:
-        if not isinstance(value, tuple):
-            raise MismatchError(value, expected)
-        if len(value) != count:
-            raise MismatchError(value, expected, f"it has {len(value)} items")
-        return convert(value, [item.encode for item in items])
-
-    def decode(json: Any) -> tuple[Any, ...]:
-        if type(json) is not list:
-            raise MismatchError(json, expected)
-        if len(json) != count:
-            raise MismatchError(json, expected, f"it has {len(json)} items")
-        return tuple(convert(json, [item.decode for item in items]))
-
-    return Codec(
-        expected=expected,
-        identity=f"tuple[{','.join(item.identity for item in items)}]",
-        encode=encode,
-        decode=decode,
-        exact=lambda value: (
+    @override
+    def exact(self, value: Any, /) -> bool:
+        return (
             type(value) is tuple
-            and len(value) == count
-            and all(item.exact(one) for item, one in zip(items, value, strict=True))
-        ),
-        kinds=frozenset({"list"}),
-    )
+            and len(value) == len(self._items)
+            and all(item.exact(one) for item, one in zip(self._items, value, strict=True))
+        )
 
 
-PAIRS = "$dict"
-_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,1000}")
+class Dict(Codec):
+    """An object where the keys' JSON is text (that of ints is made so), else the pairs as a list in `$dict`."""
+
+    def __init__(self, key: Codec, item: Codec) -> None:
+        """`item`: of the values."""
+        super().__init__(
+            f"dict[{key.expected}, {item.expected}]", f"dict[{key.identity},{item.identity}]", {"object", PAIRS}
+        )
+        self._key = key
+        self._item = item
+
+    @override
+    def encode(self, value: Any, /) -> Any:
+        if not isinstance(value, dict):
+            raise MismatchError(value, self.expected)
+        encode = self._item.encode
+        pairs: list[tuple[Any, Any]] = []
+        for key, one in value.items():
+            json_key = self._encode_key(key, len(pairs))
+            try:
+                pairs.append((json_key, encode(one)))
+            except MismatchError as exc:
+                exc.under(key_step(key))
+                raise
+        return as_object(pairs)
+
+    def _encode_key(self, key: Any, position: int) -> Any:
+        try:
+            json = self._key.encode(key)
+        except MismatchError as exc:
+            exc.under(f".keys()[{position}]")
+            raise
+        return str(json) if self._key is INT and type(json) is int else json
+
+    @override
+    def decode(self, json: Any, /) -> Any:
+        decode = self._item.decode
+        decoded: dict[Any, Any] = {}
+        for json_key, one in pairs_of(json, self.expected):
+            try:
+                decoded[self._decode_key(json_key)] = decode(one)
+            except MismatchError as exc:
+                exc.under(key_step(json_key))
+                raise
+            except TypeError as exc:  # not hashable
+                raise MismatchError(json, self.expected, str(exc)) from exc
+        return decoded
+
+    def _decode_key(self, json: Any) -> Any:
+        if self._key is INT and type(json) is str and _WHOLE_NUMBER.fullmatch(json):
+            return int(json)
+        return self._key.decode(json)
+
+    @override
+    def exact(self, value: Any, /) -> bool:
+        return type(value) is dict and all(self._key.exact(key) and self._item.exact(one) for key, one in value.items())
 
 
 def as_object(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
     """Return JSON for a dict's encoded keys and values: an object if it can be one, else its pairs in `$dict`."""
     if all(type(key) is str and not key.startswith("$") for key, _ in pairs):
         converted = dict(pairs)
-        if len(converted) == len(pairs):
+        if len(converted) == len(pairs):  # NaN is a key as often as one likes
             return converted
     return {PAIRS: [[key, value] for key, value in pairs]}
 
@@ -130,63 +197,6 @@ def pairs_of(json: Any, expected: str) -> Iterable[Any]:
     return pairs
 
 
-def dict_codec(key: Codec, item: Codec) -> Codec:
-    """Return the codec of dicts. Keys that are ints are written as JSON does, `{"1": …}`."""
-    expected = f"dict[{key.expected}, {item.expected}]"
-    encode_key, decode_key, encode_item, decode_item = key.encode, key.decode, item.encode, item.decode
-    if key is INT:
-
-        def encode_key(value: Any) -> Any:
-            json = INT.encode(value)
-            return str(json) if type(json) is int else json
-
-        def decode_key(json: Any) -> Any:
-            return int(json) if type(json) is str and _WHOLE_NUMBER.fullmatch(json) else INT.decode(json)
-
-    def encode(value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise MismatchError(value, expected)
-        encoded: list[tuple[Any, Any]] = []
-        step = None
-        try:
-            for one, other in value.items():
-                step = None
-                json_key = encode_key(one)
-                step = one
-                encoded.append((json_key, encode_item(other)))
-        except MismatchError as exc:
-            # Of the key itself, or of what is behind it.
-            exc.under(f".keys()[{len(encoded)}]" if step is None else key_step(step))
-            raise
-        return as_object(encoded)
-
-    def decode(json: Any) -> dict[Any, Any]:
-        decoded: dict[Any, Any] = {}
-        step: Any = None
-        try:
-            for one, other in pairs_of(json, expected):
-                step = one
-                decoded[decode_key(one)] = decode_item(other)
-        except MismatchError as exc:
-            if exc.value is not json:
-                exc.under(key_step(step))
-            raise
-        except TypeError as exc:
-            raise MismatchError(json, expected, str(exc)) from exc  # not hashable
-        return decoded
-
-    return Codec(
-        expected=expected,
-        identity=f"dict[{key.identity},{item.identity}]",
-        encode=encode,
-        decode=decode,
-        exact=lambda value: (
-            type(value) is dict and all(key.exact(one) and item.exact(other) for one, other in value.items())
-        ),
-        kinds=frozenset({"object", PAIRS}),
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Field:
     """A field of a dataclass that its __init__ takes."""
@@ -196,64 +206,73 @@ class Field:
     required: bool
 
 
-def dataclass_codec(kind: Any, identity: str, fields: list[Field]) -> Codec:
-    """Return the codec of a dataclass: an object of its fields. `fields` may be filled later, so that it can recur.
+class Dataclass(Codec):
+    """An object of the fields that `__init__` takes.
 
-    Fields that JSON lacks have their default; what else is in the JSON is ignored: other releases have other fields.
+    Fields that JSON lacks have their default, and what else is in it is ignored: other releases have other fields.
     """
-    expected = kind.__name__
 
-    def encode(value: Any) -> dict[str, Any]:
-        if type(value) is not kind:
-            why = "an instance of a subclass: its own fields would be lost" if isinstance(value, kind) else ""
-            raise MismatchError(value, expected, why)
+    def __init__(self, kind: Any, arguments: str = "") -> None:
+        """`arguments`: what a generic one's type variables are."""
+        super().__init__(f"{kind.__name__}{arguments}", f"{identity_of(kind)}{arguments}", {"object"})
+        self.fields: list[Field] = []
+        """Added by whoever reads the annotations, later: it may contain itself."""
+        self._kind = kind
+
+    @override
+    def encode(self, value: Any, /) -> Any:
+        if type(value) is not self._kind:
+            subclass = isinstance(value, self._kind)
+            raise MismatchError(
+                value, self.expected, "of a subclass, whose own fields would be lost" if subclass else ""
+            )
         encoded: dict[str, Any] = {}
-        for field in fields:
+        for field in self.fields:
+            name = field.name
             try:
-                encoded[field.name] = field.codec.encode(getattr(value, field.name))
+                encoded[name] = field.codec.encode(getattr(value, name))
             except MismatchError as exc:
-                exc.under(f".{field.name}")
+                exc.under(f".{name}")
                 raise
             except AttributeError:
-                if hasattr(value, field.name):
+                if hasattr(value, name):
                     raise
-                raise MissingError(value, field.codec.expected).under(f".{field.name}") from None
+                raise MissingError(value, field.codec.expected).under(f".{name}") from None
         return encoded
 
-    def decode(json: Any) -> Any:
+    @override
+    def decode(self, json: Any, /) -> Any:
         if type(json) is not dict:
-            raise MismatchError(json, expected)
+            raise MismatchError(json, self.expected)
         arguments: dict[str, Any] = {}
-        for field in fields:
+        for field in self.fields:
             name = field.name
             if name in json:
                 try:
                     arguments[name] = field.codec.decode(json[name])
                 except MismatchError as exc:
+                    if _was_of_union(json[name], field.codec):
+                        arguments[name] = field.codec.decode(json[name][VALUE])
+                        continue
                     exc.under(f".{name}")
                     raise
             elif field.required:
                 raise MissingError(json, field.codec.expected).under(f".{name}")
         try:
-            return kind(**arguments)
+            return self._kind(**arguments)
         except RecursionError:
             raise
         except Exception as exc:  # of a __post_init__
-            raise MismatchError(json, expected, f"it was refused with {type(exc).__name__}: {show_error(exc)}") from exc
+            why = " ".join(f"{type(exc).__name__}: {exc}".split())
+            raise MismatchError(json, self.expected, f"refused with {why[:200]}") from exc
 
-    return Codec(
-        expected=expected,
-        identity=identity,
-        encode=encode,
-        decode=decode,
-        exact=lambda value: (
-            type(value) is kind and all(field.codec.exact(getattr(value, field.name, None)) for field in fields)
-        ),
-        kinds=frozenset({"object"}),
-    )
+    @override
+    def exact(self, value: Any, /) -> bool:
+        return type(value) is self._kind and all(
+            field.codec.exact(getattr(value, field.name, None)) for field in self.fields
+        )
 
 
-def show_error(exc: Exception) -> str:
-    """Return the text of somebody's exception, shortened."""
-    text = " ".join(str(exc).split())
-    return text if len(text) <= 200 else f"{text[:199]}…"
+def _was_of_union(json: Any, codec: Codec) -> bool:
+    """Whether JSON is of a release in which the field had further types, and of one that it still has."""
+    return type(json) is dict and json.keys() == {TAG, VALUE} and json[TAG] in codec.tags

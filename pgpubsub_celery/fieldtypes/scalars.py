@@ -1,10 +1,10 @@
 """Values without parts to JSON and back: numbers, text, bytes, dates, times, UUIDs.
 
-Owns their JSON: the form that a person would write where there is one, so that psql can emit too, and never one that jsonb
-would change or refuse. An object with one key such as `$float` or `$text` stands for what plain JSON cannot hold.
+Owns their JSON: the form that a person would write, where there is one, so that psql can emit too, and never one that
+jsonb would change or refuse. An object with one key such as `$float` or `$text` stands for what plain JSON cannot hold.
 
-A value of a subclass is stored as what the field says it is (a `Markup` as str, a `numpy.float64` as float), if that is equal
-to it. Not so a bool for an int, or a datetime for a date: those are mistakes.
+A value of a subclass is stored as what the field says it is (a `Markup` as str, a `numpy.float64` as float), if that is
+equal to it. Not so a bool for an int, or a datetime for a date: those are mistakes. An int will do for a float.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import datetime
 import decimal
 import math
 import re
+import types
 import uuid
 import zoneinfo
 from collections.abc import Callable
 from typing import Any
 
-from pgpubsub_celery.fieldtypes.codec import Codec, MismatchError
+from typing_extensions import override
+
+from pgpubsub_celery.fieldtypes.codec import Codec, MismatchError, identity_of
 
 LARGEST_INT = 1 << 4096
 """Larger ones are written in hexadecimal: Python reads at most 4,300 decimal digits, jsonb at most 131,072."""
@@ -32,8 +35,8 @@ def _plain_of(kind: Any, convert: Callable[[Any], Any], not_of: type | tuple[typ
         if isinstance(value, kind) and not isinstance(value, not_of):
             try:
                 plain = convert(value)
-                if plain == value or plain != plain:  # noqa: PLR0124 - NaN
-                    return plain
+                if plain == value or plain != plain:
+                    return plain  # equal, or NaN
             except Exception as exc:
                 raise MismatchError(value, kind.__name__) from exc
         raise MismatchError(value, kind.__name__)
@@ -41,24 +44,23 @@ def _plain_of(kind: Any, convert: Callable[[Any], Any], not_of: type | tuple[typ
     return plain_of
 
 
-def _scalar(
-    kind: Any,
-    encode: Callable[[Any], Any],
-    decode: Callable[[Any], Any],
-    *kinds: str,
-    rank: int = 5,
-    name: str | None = None,
-) -> Codec:
-    name = name or kind.__name__
-    return Codec(
-        expected=name,
-        identity=f"{kind.__module__}.{kind.__qualname__}",
-        encode=encode,
-        decode=decode,
-        exact=lambda value: type(value) is kind,
-        kinds=frozenset(kinds),
-        rank=rank,
-    )
+class Scalar(Codec):
+    """A type whose values have no parts."""
+
+    def __init__(
+        self, kind: Any, encode: Callable[[Any], Any], decode: Callable[[Any], Any], *kinds: str, rank: int = 5
+    ) -> None:
+        """`encode` and `decode` become its methods."""
+        super().__init__("None" if kind is types.NoneType else kind.__name__, identity_of(kind), kinds)
+        self.kind = kind
+        self.rank = rank
+        # Not methods that call them: every value of every field passes here.
+        self.encode = encode  # type: ignore[method-assign]
+        self.decode = decode  # type: ignore[method-assign]
+
+    @override
+    def exact(self, value: Any, /) -> bool:
+        return type(value) is self.kind
 
 
 # None, bool, int, float, str
@@ -234,7 +236,8 @@ def _decode_uuid(json: Any) -> Any:
     raise MismatchError(json, "UUID")
 
 
-# Dates and times: ISO 8601, with what it lacks in brackets as in RFC 9557: 2026-10-25T02:30:00+01:00[Europe/Berlin][fold=1]
+# Dates and times: ISO 8601, and in brackets what it lacks, as in RFC 9557:
+# 2026-10-25T02:30:00+01:00[Europe/Berlin][fold=1]
 
 _plain_date = _plain_of(
     datetime.date, lambda value: datetime.date(value.year, value.month, value.day), not_of=datetime.datetime
@@ -254,17 +257,15 @@ def _decode_date(json: Any) -> Any:
     raise MismatchError(json, "date")
 
 
+def _clock(value: Any) -> datetime.time:
+    return datetime.time(value.hour, value.minute, value.second, value.microsecond, value.tzinfo, fold=value.fold)
+
+
+_plain_time = _plain_of(datetime.time, _clock)
 _plain_datetime = _plain_of(
     datetime.datetime,
-    lambda value: datetime.datetime.combine(
-        datetime.date(value.year, value.month, value.day), _plain_clock(value.timetz())
-    ),
+    lambda value: datetime.datetime.combine(datetime.date(value.year, value.month, value.day), _clock(value)),
 )
-_plain_time = _plain_of(datetime.time, lambda value: _plain_clock(value))
-
-
-def _plain_clock(value: datetime.time) -> datetime.time:
-    return datetime.time(value.hour, value.minute, value.second, value.microsecond, value.tzinfo, fold=value.fold)
 
 
 def _encode_datetime(value: Any) -> str:
@@ -411,22 +412,22 @@ def _duration(found: re.Match[str]) -> datetime.timedelta:
     return -total if minus else total
 
 
-NONE = _scalar(type(None), _none, _none, "null", rank=0, name="None")
-INT = _scalar(int, _encode_int, _decode_int, "number", "$int", rank=2)
-STR = _scalar(str, _encode_str, _decode_str, "string", "$text", rank=4)
+NONE = Scalar(types.NoneType, _none, _none, "null", rank=0)
+INT = Scalar(int, _encode_int, _decode_int, "number", "$int", rank=2)
+FLOAT = Scalar(float, _encode_float, _decode_float, "number", "$float", rank=3)
+STR = Scalar(str, _encode_str, _decode_str, "string", "$text", rank=4)
 
 SCALARS: dict[Any, Codec] = {
-    None: NONE,
-    type(None): NONE,
-    bool: _scalar(bool, _bool, _bool, "bool", rank=1),
+    types.NoneType: NONE,
+    bool: Scalar(bool, _bool, _bool, "bool", rank=1),
     int: INT,
-    float: _scalar(float, _encode_float, _decode_float, "number", "$float", rank=3),
+    float: FLOAT,
     str: STR,
-    decimal.Decimal: _scalar(decimal.Decimal, _encode_decimal, _decode_decimal, "string"),
-    bytes: _scalar(bytes, _encode_bytes, _decode_bytes, "string"),
-    uuid.UUID: _scalar(uuid.UUID, _encode_uuid, _decode_uuid, "string"),
-    datetime.date: _scalar(datetime.date, _encode_date, _decode_date, "string"),
-    datetime.datetime: _scalar(datetime.datetime, _encode_datetime, _decode_datetime, "string"),
-    datetime.time: _scalar(datetime.time, _encode_time, _decode_time, "string"),
-    datetime.timedelta: _scalar(datetime.timedelta, _encode_timedelta, _decode_timedelta, "string"),
+    decimal.Decimal: Scalar(decimal.Decimal, _encode_decimal, _decode_decimal, "string"),
+    bytes: Scalar(bytes, _encode_bytes, _decode_bytes, "string"),
+    uuid.UUID: Scalar(uuid.UUID, _encode_uuid, _decode_uuid, "string"),
+    datetime.date: Scalar(datetime.date, _encode_date, _decode_date, "string"),
+    datetime.datetime: Scalar(datetime.datetime, _encode_datetime, _decode_datetime, "string"),
+    datetime.time: Scalar(datetime.time, _encode_time, _decode_time, "string"),
+    datetime.timedelta: Scalar(datetime.timedelta, _encode_timedelta, _decode_timedelta, "string"),
 }

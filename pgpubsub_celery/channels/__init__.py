@@ -1,0 +1,27 @@
+"""Channels: what users declare, and the registry that they are found in.
+
+Reading order: `declaration` (`Channel`, `TriggerChannel`, and what is refused in the class statement), `checks` (what
+is refused later, once it can be known), `tables` (what a trigger channel is about), `registry` (finding channels).
+
+Pure: it reads classes and, for trigger channels, the declaration of a table; it never opens a connection. What a value
+of a field may be is `fieldtypes`', how a message is stored is `payload`'s.
+"""
+
+from pgpubsub_celery.channels.checks import channel_field_names, check_declared
+from pgpubsub_celery.channels.declaration import Channel, TriggerChannel, _registry, path_of
+from pgpubsub_celery.channels.registry import find_channel, registered_channels, select_channels
+from pgpubsub_celery.channels.tables import captured_columns, table_of
+
+__all__ = [
+    "Channel",
+    "TriggerChannel",
+    "_registry",
+    "captured_columns",
+    "channel_field_names",
+    "check_declared",
+    "find_channel",
+    "path_of",
+    "registered_channels",
+    "select_channels",
+    "table_of",
+]
