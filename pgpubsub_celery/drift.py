@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, MetaData, Table, text
@@ -115,7 +115,15 @@ def table_statements(table: Table) -> list[str]:
         CreateTable(table, if_not_exists=True),
         *(CreateIndex(one, if_not_exists=True) for one in indexes),
     ]
-    return [str(element.compile(dialect=_DIALECT)).strip() for element in elements]
+    statements = [str(element.compile(dialect=_DIALECT)).strip() for element in elements]
+    if table.name == models.Notification.__tablename__:
+        statements.append(_storage_statement(table, models.STORAGE_PARAMETERS))
+    return statements
+
+
+def _storage_statement(table: Table, parameters: Mapping[str, str]) -> str:
+    settings = ", ".join(f"{name} = {value}" for name, value in parameters.items())
+    return f"ALTER TABLE {qualified(table.schema, table.name)} SET ({settings})"
 
 
 def function_statements(names: Names, function: Function) -> list[str]:
@@ -174,16 +182,17 @@ def own_steps(connection: Connection, names: Names, channels: Sequence[type[Chan
     if connection.execute(text("SELECT to_regnamespace(:schema)"), {"schema": schema}).scalar() is None:
         steps.append(Step(what=f"the schema {names.schema} is missing", statements=(f"CREATE SCHEMA {schema}",)))
     steps += _table_steps(connection, names)
-    has_tables = not steps
-    installation, installation_steps = _installation(connection, names, has_tables)
+    installation, installation_steps = _installation(connection, names)
     steps += installation_steps
     steps += _function_steps(connection, names, installation)
-    known = {row.name: row for row in (read_channels(connection, names) if has_tables else [])}
+    has_channels = relation_of(connection, names.channel) is not None
+    known = {row.name: row for row in (read_channels(connection, names) if has_channels else [])}
     for wanted in map(wanted_channel, channels):
         if known.get(wanted.name) != wanted:
             what = "is missing" if wanted.name not in known else "is out of date"
             steps.append(Step(what=f"the channel {wanted.name} {what}", statements=(channel_statement(wanted, names),)))
-    rows = read_subscriptions(connection, names) if has_tables else []
+    has_subscriptions = relation_of(connection, names.subscription) is not None
+    rows = read_subscriptions(connection, names) if has_subscriptions else []
     for change in changes(rows, listeners(channels), exact=True):
         steps.append(Step(what=describe(change), statements=(change.statement(names),)))
     return steps
@@ -261,7 +270,24 @@ def _table_steps(connection: Connection, names: Names) -> list[Step]:
                 f"The table {name} exists and has no column {', '.join(sorted(lacking))}: it is not this package's, or "
                 "of an unreleased version. Rename it, or name another schema in PGPUBSUB_SCHEMA or pgpubsub_schema."
             )
+        if table.name == models.Notification.__tablename__:
+            steps += _storage_steps(connection, table)
     return steps
+
+
+def _storage_steps(connection: Connection, table: Table) -> list[Step]:
+    """Tables made by other means, such as Alembic's, lack them. What somebody has set otherwise stays."""
+    name = qualified(table.schema, table.name)
+    found = connection.execute(
+        text("SELECT split_part(unnest(reloptions), '=', 1) FROM pg_class WHERE oid = to_regclass(:name)"),
+        {"name": name},
+    )
+    present = set(found.scalars())
+    lacking = {key: value for key, value in models.STORAGE_PARAMETERS.items() if key not in present}
+    if not lacking:
+        return []
+    what = f"the table {name} lacks settings of a queue ({', '.join(lacking)})"
+    return [Step(what=what, statements=(_storage_statement(table, lacking),))]
 
 
 def _refuse_others_objects(connection: Connection, names: Names) -> None:
@@ -287,9 +313,11 @@ def _refuse_others_objects(connection: Connection, names: Names) -> None:
             )
 
 
-def _installation(connection: Connection, names: Names, has_tables: bool) -> tuple[uuid.UUID, list[Step]]:
+def _installation(connection: Connection, names: Names) -> tuple[uuid.UUID, list[Step]]:
     """Return the installation's id, which it may yet have to be given, and what differs of id and version."""
-    row = connection.execute(text(f"SELECT id, version FROM {names.installation}")).first() if has_tables else None
+    row = None
+    if relation_of(connection, names.installation) is not None:
+        row = connection.execute(text(f"SELECT id, version FROM {names.installation}")).first()
     if row is None:
         id = uuid.uuid4()
         insert = f"INSERT INTO {names.installation} (id, version) VALUES ('{id}', {VERSION})"

@@ -20,6 +20,7 @@ from typing import Any
 
 from celery import _state
 from sqlalchemy import BindParameter, Boolean, Connection, DateTime, Float, Text, TextClause, bindparam, text
+from sqlalchemy.engine import TwoPhaseTransaction
 from sqlalchemy.exc import DBAPIError
 
 from pgpubsub_celery.binds import connection_of, explain, run_in, session_or_connection
@@ -296,8 +297,9 @@ def _send(
         values[f"payloads_{position}"] = f"[{','.join(group.payloads)}]"
         values[f"stored_{position}"] = group.channel.lock_notifications
         values[f"doorbell_{position}"] = group.channel.listen_safe_name()
+    statement = _statement(schema, len(groups), isinstance(connection.get_transaction(), TwoPhaseTransaction))
     try:
-        return int(connection.execute(_statement(schema, len(groups)), values).scalar_one())
+        return int(connection.execute(statement, values).scalar_one())
     except DBAPIError as exc:
         explained = explain(exc, caller, schema)
         if explained is None:
@@ -306,8 +308,11 @@ def _send(
 
 
 @functools.lru_cache(maxsize=64)
-def _statement(schema: str, groups: int) -> TextClause:
-    """Stores, and rings or sends, for each group; INSERTs only, no lock that others wait for."""
+def _statement(schema: str, groups: int, prepared: bool) -> TextClause:
+    """Stores, and rings or sends, for each group; INSERTs only, no lock that others wait for.
+
+    `prepared`: the transaction is going to be prepared, which Postgres refuses once it has notified.
+    """
     # A countdown is from now, not from the beginning of a transaction that may have been open for long.
     due = (
         "coalesce(CAST(:eta AS timestamptz), "
@@ -326,7 +331,8 @@ def _statement(schema: str, groups: int) -> TextClause:
         )
         parameters += [bindparam(f"{name}_{n}", type_=Text()) for name in ("channel", "payloads", "doorbell")]
         parameters.append(bindparam(f"stored_{n}", type_=Boolean()))
-    return text(f"SELECT {' + '.join(calls)}").bindparams(*parameters)
+    first = " FROM (SELECT pg_catalog.set_config('pgpubsub.notify', 'off', true) OFFSET 0) quiet" if prepared else ""
+    return text(f"SELECT {' + '.join(calls)}{first}").bindparams(*parameters)
 
 
 def _as_message(given: Any, fields: Mapping[str, Any]) -> Channel:

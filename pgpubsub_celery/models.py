@@ -101,18 +101,6 @@ class Notification(_Base):
         ),
         # One index for all channels made a claim for B take 355 ms behind a million rows of A; this one 1.8 ms.
         Index("pgpubsub_notification_claim_idx", "subscription", "state", "available_at", "id"),
-        # A queue's rows live briefly: vacuum after a fixed number of dead ones, not after a share of the table,
-        # and without throttling, so that claims do not wade through dead index entries.
-        {
-            "postgresql_with": {
-                "autovacuum_vacuum_scale_factor": "0",
-                "autovacuum_vacuum_threshold": "2000",
-                "autovacuum_vacuum_cost_delay": "0",
-                "autovacuum_analyze_scale_factor": "0",
-                "autovacuum_analyze_threshold": "10000",
-                "fillfactor": "85",
-            }
-        },
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -133,3 +121,16 @@ class Notification(_Base):
     error: Mapped[str | None] = mapped_column(Text)
     traceback: Mapped[str | None] = mapped_column(Text)
     task_id: Mapped[str | None] = mapped_column(Text)
+
+
+# A queue's rows live briefly: vacuum after a fixed number of dead ones, not after a share of the table, and without
+# throttling, so that claims do not wade through dead index entries.
+STORAGE_PARAMETERS = {
+    "autovacuum_vacuum_scale_factor": "0",
+    "autovacuum_vacuum_threshold": "2000",
+    "autovacuum_vacuum_cost_delay": "0",
+    "autovacuum_analyze_scale_factor": "0",
+    "autovacuum_analyze_threshold": "10000",
+    "fillfactor": "85",
+}
+"""Of the table of `Notification`. `install` sets those that are not set."""

@@ -193,8 +193,8 @@ $function$
 # The doorbell. Granted: the bridge is awake and this transaction is registered with it until its end, silently.
 # Refused: the bridge sleeps (or wants to), so NOTIFY. Locks are released after the commit is visible.
 # A renamed channel has a door under each of its names: bridges of both releases may be asleep.
-# No NOTIFY where it would fail the writer at its commit: the queue nearly full, or PREPARE TRANSACTION to come
-# (SET LOCAL pgpubsub.doorbell = 'off'). The bridge's sweep finds the rows then.
+# No NOTIFY where it would fail the writer: at its commit, because the queue is full; or when it prepares a transaction
+# (SET LOCAL pgpubsub.notify = 'off'). The bridge's sweep finds the rows then.
 _RING = """
 CREATE OR REPLACE FUNCTION {s}pgpubsub_ring(emitted text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
@@ -207,7 +207,7 @@ BEGIN
             OR c.name = ANY (ARRAY(SELECT unnest(r.aliases) FROM {s}pgpubsub_channel r WHERE r.name = emitted))
     LOOP
         IF NOT pg_try_advisory_xact_lock_shared({s}pgpubsub_lock_key('door', known.name))
-            AND current_setting('pgpubsub.doorbell', true) IS DISTINCT FROM 'off'
+            AND current_setting('pgpubsub.notify', true) IS DISTINCT FROM 'off'
             AND pg_notification_queue_usage() < 0.9
         THEN
             PERFORM pg_notify(known.listen_name, '');
@@ -231,6 +231,11 @@ DECLARE
     chunks int := ceil(length(body)::float8 / chunk_size)::int;
     slice text;
 BEGIN
+    IF current_setting('pgpubsub.notify', true) = 'off' THEN
+        RAISE WARNING 'pgpubsub: a message on % was dropped: its transaction must not NOTIFY', listen_name
+            USING HINT = 'PREPARE TRANSACTION refuses that: store the messages (lock_notifications = True).';
+        RETURN;
+    END IF;
     IF pg_notification_queue_usage() >= 0.9 THEN
         RAISE WARNING 'pgpubsub: a message on % was dropped: the NOTIFY queue of this server is full', listen_name
             USING HINT = 'A session that has executed LISTEN has a transaction open for long: see pg_stat_activity.';

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime
+import os
 import select
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_ses
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
 from pgpubsub_celery import Channel, Notification, TriggerChannel, channels, install, notify, notify_many
+from pgpubsub_celery.embedded import EmbeddedPostgres
 from pgpubsub_celery.emit import anotify, anotify_many, set_notification_context, suppress_notifications
 from pgpubsub_celery.errors import BindError, ChannelError, NotInstalledError, PayloadError, PgPubSubError
 from pgpubsub_celery.listeners import Listener, register_listener
@@ -27,6 +29,7 @@ from pgpubsub_celery.payload import decode_message
 from pgpubsub_celery.schema import quote_identifier
 from pgpubsub_celery.settings import sync_url
 from pgpubsub_celery.wakeups import Assembler
+from tests.conftest import POSTGRES_BIN
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -586,17 +589,51 @@ def test_both_names_of_a_renamed_channel_are_rung(installed_engine: Engine, inst
             assert heard == {Reads.listen_safe_name(), Renamed.listen_safe_name()}
 
 
-def test_a_prepared_transaction_can_do_without_the_doorbell(installed_engine: Engine, ear: Ear) -> None:
-    """Postgres refuses to prepare a transaction with a NOTIFY in it: the setting leaves its rows to the sweep."""
+def test_a_transaction_that_must_not_notify_does_without_the_doorbell(installed_engine: Engine, ear: Ear) -> None:
+    """Its rows are left to the sweep, and its unstored messages are dropped."""
     install(installed_engine, channels=[Reads])
     with installed_engine.connect() as sleeping:
         hold_door(sleeping, Reads.name())
         with installed_engine.connect() as writer:
-            writer.execute(text("SET LOCAL pgpubsub.doorbell = 'off'"))
+            writer.execute(text("SET LOCAL pgpubsub.notify = 'off'"))
             notify(writer, Reads(model_id=1))
+            notify(writer, Sent(text="x"))
             writer.commit()
     assert heard_until_end(ear, installed_engine) == []
     assert len(stored(installed_engine)) == 1
+
+
+def test_two_phase_transactions_can_be_prepared_and_stay_registered(two_phase_engine: Engine) -> None:
+    """Postgres does not prepare what has notified; who is asleep must not miss what is prepared and not committed."""
+    install(two_phase_engine, channels=[Reads])
+    with two_phase_engine.connect() as bridge:
+        hold_door(bridge, Reads.name())
+        bridge.commit()
+        with Session(two_phase_engine, twophase=True) as session:
+            notify(session, Reads(model_id=1))
+            session.commit()
+        assert len(stored(two_phase_engine)) == 1
+        bridge.execute(text("SELECT pg_advisory_unlock_all()"))
+        with two_phase_engine.connect() as writer:
+            transaction = writer.begin_twophase()
+            notify(writer, Reads(model_id=2))
+            transaction.prepare()
+            door = text("SELECT pg_try_advisory_xact_lock(pgpubsub_lock_key('door', :channel))")
+            assert bridge.execute(door, {"channel": Reads.name()}).scalar() is False
+            transaction.commit()
+            assert bridge.execute(door, {"channel": Reads.name()}).scalar() is True
+    assert len(stored(two_phase_engine)) == 2
+
+
+@pytest.fixture
+def two_phase_engine() -> Iterator[Engine]:
+    """A server of its own, that allows what the default configuration does not."""
+    with EmbeddedPostgres(
+        bin_dir=os.environ.get(POSTGRES_BIN), fsync=False, options={"max_prepared_transactions": "4"}
+    ) as server:
+        engine = create_engine(sync_url(server.url))
+        yield engine
+        engine.dispose()
 
 
 # Context

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from pgpubsub_celery import Channel, TriggerChannel, install, install_on_create_all, notify, uninstall
+from pgpubsub_celery import Channel, TriggerChannel, install, install_on_create_all, metadata, notify, uninstall
 from pgpubsub_celery.errors import BindError, NotInstalledError, PgPubSubError
 from pgpubsub_celery.listeners import Listener, register_listener
 from pgpubsub_celery.migrations import check, grant_emit, grant_run, install_sql, register_subscriptions
@@ -345,6 +345,18 @@ def test_a_new_id_of_the_installation_reaches_the_functions(installed_engine: En
     install(installed_engine)
     with installed_engine.connect() as connection:
         assert connection.execute(text("SELECT id = pgpubsub_installation() FROM pgpubsub_installation")).scalar()
+
+
+def test_tables_made_by_other_means_get_the_settings_of_a_queue(engine: Engine) -> None:
+    """By Alembic from the metadata, say; what somebody has set otherwise stays."""
+    metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE pgpubsub_notification SET (fillfactor = 50)"))
+    assert any("lacks settings of a queue (autovacuum" in line for line in install(engine))
+    with engine.connect() as connection:
+        options = connection.execute(text("SELECT reloptions FROM pg_class WHERE relname = 'pgpubsub_notification'"))
+        assert {"fillfactor=50", "autovacuum_vacuum_scale_factor=0"} <= set(options.scalar_one())
+    assert differences(engine) == []
 
 
 # Subscriptions
@@ -866,8 +878,6 @@ def test_the_tables_fit_what_alembic_would_make_of_the_metadata(engine: Engine) 
     """`pgpubsub_celery.metadata` beside one's own finds nothing to do after install."""
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
-
-    from pgpubsub_celery import metadata
 
     install(engine)
     with engine.connect() as connection:
