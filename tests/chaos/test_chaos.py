@@ -1,0 +1,37 @@
+"""The promises, under fire: nothing lost, nothing applied twice, nothing that was rolled back.
+
+Short by default. `make chaos` goes on for longer: CHAOS_NOTIFICATIONS, CHAOS_FAULTS and CHAOS_SEED say how long, and
+which choices.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.harness import Chaos, Plan
+from tests.chaos.verdict import Verdict
+from tests.conftest import POSTGRES_BIN
+
+PLAN = Plan(
+    notifications=int(os.environ.get("CHAOS_NOTIFICATIONS", "3000")),
+    faults=int(os.environ.get("CHAOS_FAULTS", "30")),
+    seed=int(os.environ.get("CHAOS_SEED", "1")),
+)
+
+
+@pytest.mark.timeout(180 + 8 * PLAN.faults)
+def test_every_committed_notification_has_its_effect_whatever_dies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real processes, killed at random and at every step, while writers commit and roll back; then effects count."""
+    with Chaos(PLAN, tmp_path, bin_dir=os.environ.get(POSTGRES_BIN)) as chaos:
+        chaos.run()
+        endings = chaos.end()
+        verdict = Verdict(chaos, endings)
+        with capsys.disabled():
+            print(f"\n{verdict.report()}")  # noqa: T201 - what a run has shown is worth reading
+        assert not verdict.violations, "\n\n".join([*verdict.violations, chaos.log_tails()])
+        assert len(chaos.killer.faults) >= PLAN.faults
