@@ -264,6 +264,14 @@ def test_a_paused_server_can_be_ended(either: EmbeddedServer, end: str) -> None:
     assert [process for process in processes if alive(process.pid)] == []
 
 
+def test_a_paused_postgres_is_stopped_in_order(fresh: EmbeddedPostgres) -> None:
+    """All of its processes go on first, so that it need not be killed."""
+    ends = fresh.log_path.read_text().count("database system is shut down")
+    fresh.pause()
+    fresh.stop()
+    assert fresh.log_path.read_text().count("database system is shut down") == ends + 1
+
+
 def test_a_valkey_forgets_everything_unless_told_otherwise() -> None:
     """A restart is a broker that lost its data."""
     with EmbeddedValkey() as server:
