@@ -120,7 +120,7 @@ class TriggerChannel(Channel, Generic[M]):
         """Find the model in `TriggerChannel[Model]`."""
         bound = type_variables(cls).get(TriggerChannel, {}).get(_model_variable)
         # A subclass of a channel that has its model inherits that.
-        if "__orig_bases__" in cls.__dict__ and bound is not None and not isinstance(bound, typing.TypeVar):
+        if "__orig_bases__" in cls.__dict__ and bound not in (None, Any) and not isinstance(bound, typing.TypeVar):
             own = cls.__dict__.get("model", bound)
             if own is not bound:
                 raise ChannelError(

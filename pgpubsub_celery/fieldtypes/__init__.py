@@ -3,8 +3,8 @@
 What was sent is what the listener receives, type for type and value for value, whatever Postgres' jsonb makes of
 numbers, texts and the order of keys on the way.
 
-Reading order: `codec` (what a codec does), `scalars`, `containers`, `choices` (the codecs), `places` (what an
-annotation means where it stands), `reader` (from annotation to codec). Pure.
+Reading order: `codec` (what a codec does), `scalars`, `moments`, `containers`, `choices` (the codecs), `places` (what
+an annotation means where it stands), `reader` (from annotation to codec). Pure.
 """
 
 from pgpubsub_celery.fieldtypes.codec import Codec, MismatchError, show

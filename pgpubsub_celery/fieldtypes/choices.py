@@ -13,7 +13,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from pgpubsub_celery.fieldtypes.codec import TAG, VALUE, Codec, MismatchError, identity_of, key_step, kind_of
+from pgpubsub_celery.fieldtypes.codec import TAG, VALUE, Codec, MismatchError, key_step, kind_of, path_of
 from pgpubsub_celery.fieldtypes.containers import PAIRS, as_object, pairs_of
 from pgpubsub_celery.fieldtypes.scalars import FLOAT, INT, NONE, SCALARS, STR, decode_text, encode_text
 
@@ -24,8 +24,8 @@ def union_of(members: Iterable[Codec]) -> Codec:
     Raises:
         ValueError: two of its types have the same name, so that no tag could tell them apart.
     """
-    known = {member.identity: member for member in members}
-    ordered = sorted(known.values(), key=lambda member: (member.rank, member.expected, member.identity))
+    known = {member.key: member for member in members}
+    ordered = sorted(known.values(), key=lambda member: (member.rank, member.expected, member.path))
     if len(ordered) == 1:
         return ordered[0]
     if NONE in ordered and len(ordered) == 2:
@@ -38,7 +38,9 @@ class Optional(Codec):
 
     def __init__(self, member: Codec) -> None:
         """`member`: the one."""
-        super().__init__(f"{member.expected} | None", f"{member.identity}|None", {*member.kinds, "null"})
+        super().__init__(
+            f"{member.expected} | None", f"{member.path}|None", {*member.kinds, "null"}, (Optional, member.key)
+        )
         self.rank = member.rank
         self.tags = member.tags
         self._member = member
@@ -85,17 +87,17 @@ class Union(Codec):
         self._tagged: dict[str, Codec] = {}
         self._tags: dict[Codec, str] = {}
         for member in members:
+            tag = member.expected if names.count(member.expected) == 1 else member.path
+            if tag in self._tagged:
+                raise ValueError(f"two types of the union have the same name {tag}")
+            # Read for all of them: the next release may have other types, and tag others.
+            self._tagged[tag] = member
             if self._plain.keys().isdisjoint(member.kinds) and not (self._plain and "any" in member.kinds):
                 self._plain.update(dict.fromkeys(member.kinds, member))
             else:
-                self._tag(member, member.expected if names.count(member.expected) == 1 else member.identity)
-        super().__init__(" | ".join(names), "|".join(sorted(member.identity for member in members)), self._plain)
-
-    def _tag(self, member: Codec, tag: str) -> None:
-        if tag in self._tagged:
-            raise ValueError(f"two types of the union have the same name {tag}")
-        self._tagged[tag] = member
-        self._tags[member] = tag
+                self._tags[member] = tag
+        paths = "|".join(sorted(member.path for member in members))
+        super().__init__(" | ".join(names), paths, self._plain, frozenset(member.key for member in members))
 
     @override
     def encode(self, value: Any, /) -> Any:
@@ -157,7 +159,7 @@ class Enum(Codec):
         names: dict[tuple[type, Any], Any] = {(str, member.name): member for member in kind}
         values = {(type(one.value), one.value): one for one in kind if type(one.value) in (str, int)}
         self._members = {**names, **values} if by_value else {**values, **names}
-        super().__init__(kind.__name__, identity_of(kind), map(kind_of, self._json.values()))
+        super().__init__(kind.__name__, path_of(kind), map(kind_of, self._json.values()), kind)
 
     @override
     def encode(self, value: Any, /) -> Any:
@@ -188,7 +190,7 @@ class Flag(Codec):
 
     def __init__(self, kind: Any) -> None:
         """`kind`: a Flag or IntFlag."""
-        super().__init__(kind.__name__, identity_of(kind), INT.kinds)
+        super().__init__(kind.__name__, path_of(kind), INT.kinds, kind)
         self._kind = kind
 
     @override
@@ -224,7 +226,7 @@ class Literal(Codec):
         """`kind`: what Literal allows: bool, int, str, bytes, or an Enum."""
         base = Enum(kind) if issubclass(kind, enum.Enum) else SCALARS[kind]
         shown = ", ".join(str(value) if isinstance(value, enum.Enum) else repr(value) for value in values)
-        super().__init__(f"Literal[{shown}]", f"Literal[{base.identity}: {shown}]", base.kinds)
+        super().__init__(f"Literal[{shown}]", f"Literal[{base.path}: {shown}]", base.kinds, (kind, *values))
         self.rank = base.rank
         self._kind = kind
         self._values = values

@@ -51,15 +51,16 @@ class Codec:
     rank = 5
     """Of several types with JSON of the same kind, the one of the lowest rank goes without a tag."""
 
-    def __init__(self, expected: str, identity: str, kinds: Iterable[str]) -> None:
-        """`expected` and `identity` name the type, the second so that no other has the same name.
+    def __init__(self, expected: str, path: str, kinds: Iterable[str], key: Any = None) -> None:
+        """`expected` and `path` name the type, shortly and in full; `key` is equal for the same type alone.
 
         `kinds`: what its JSON may be: null, bool, number, string, list, object, or an object with one key, as $text.
         """
         self.expected = expected
-        self.identity = identity
+        self.path = path
+        self.key: Any = path if key is None else key
         self.kinds = frozenset(kinds)
-        self.tags = (expected, identity)
+        self.tags = (expected, path)
         """What unions may have written before it, when the field was one."""
 
     def encode(self, value: Any, /) -> Any:
@@ -132,6 +133,6 @@ def key_step(key: Any) -> str:
     return f"[{text if len(text) <= SHOWN else text[: SHOWN - 1] + '…'}]"
 
 
-def identity_of(kind: type) -> str:
+def path_of(kind: type) -> str:
     """Return a class's path."""
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -15,7 +15,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from pgpubsub_celery.fieldtypes.codec import TAG, VALUE, Codec, MismatchError, MissingError, identity_of, key_step
+from pgpubsub_celery.fieldtypes.codec import TAG, VALUE, Codec, MismatchError, MissingError, key_step, path_of
 from pgpubsub_celery.fieldtypes.scalars import INT
 
 PAIRS = "$dict"
@@ -29,8 +29,9 @@ class Items(Codec):
         """`item`: of each of the items."""
         super().__init__(
             f"{kind.__name__}[{item.expected}{', ...' if kind is tuple else ''}]",
-            f"{kind.__name__}[{item.identity},...]",
+            f"{kind.__name__}[{item.path},...]",
             {"list"},
+            (kind, item.key, ...),
         )
         self._kind = kind
         self._item = item
@@ -80,8 +81,9 @@ class Tuple(Codec):
         """`items`: of each item its own."""
         super().__init__(
             f"tuple[{', '.join(item.expected for item in items) or '()'}]",
-            f"tuple[{','.join(item.identity for item in items)}]",
+            f"tuple[{','.join(item.path for item in items)}]",
             {"list"},
+            (tuple, *(item.key for item in items)),
         )
         self._items = items
 
@@ -124,7 +126,10 @@ class Dict(Codec):
     def __init__(self, key: Codec, item: Codec) -> None:
         """`item`: of the values."""
         super().__init__(
-            f"dict[{key.expected}, {item.expected}]", f"dict[{key.identity},{item.identity}]", {"object", PAIRS}
+            f"dict[{key.expected}, {item.expected}]",
+            f"dict[{key.path},{item.path}]",
+            {"object", PAIRS},
+            (dict, key.key, item.key),
         )
         self._key = key
         self._item = item
@@ -214,7 +219,7 @@ class Dataclass(Codec):
 
     def __init__(self, kind: Any, arguments: str = "") -> None:
         """`arguments`: what a generic one's type variables are."""
-        super().__init__(f"{kind.__name__}{arguments}", f"{identity_of(kind)}{arguments}", {"object"})
+        super().__init__(f"{kind.__name__}{arguments}", f"{path_of(kind)}{arguments}", {"object"}, (kind, arguments))
         self.fields: list[Field] = []
         """Added by whoever reads the annotations, later: it may contain itself."""
         self._kind = kind

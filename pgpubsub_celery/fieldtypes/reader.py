@@ -18,6 +18,7 @@ from pgpubsub_celery.errors import ChannelError
 from pgpubsub_celery.fieldtypes.choices import ANY, Enum, Flag, literal_of, union_of
 from pgpubsub_celery.fieldtypes.codec import Codec
 from pgpubsub_celery.fieldtypes.containers import Dataclass, Dict, Field, Items, Tuple
+from pgpubsub_celery.fieldtypes.moments import MOMENTS
 from pgpubsub_celery.fieldtypes.places import ALIASES, LITERALS, UNIONS, Place
 from pgpubsub_celery.fieldtypes.scalars import NONE, SCALARS
 from pgpubsub_celery.hints import Scope, is_init_variable, own_annotations, substitute, type_variables
@@ -38,6 +39,7 @@ _INSTEAD: dict[str, str] = {
     "object": "Any",
     "bytearray": "bytes",
 }
+_SIMPLE = {**SCALARS, **MOMENTS}
 _BARE: dict[Any, Any] = {
     **{kind: kind for kind in (list, set, frozenset, tuple, dict)},
     **{getattr(typing, kind.__name__.title()): kind for kind in (list, set, tuple, dict)},
@@ -135,8 +137,8 @@ class _Reader:
             return NONE
         if not isinstance(hint, type):
             return None
-        if hint in SCALARS:
-            return SCALARS[hint]
+        if hint in _SIMPLE:
+            return _SIMPLE[hint]
         if isinstance(hint, enum.EnumMeta):
             return None if not len(hint) else Flag(hint) if issubclass(hint, enum.Flag) else Enum(hint)
         if dataclasses.is_dataclass(hint):
