@@ -1,0 +1,178 @@
+"""What all commands share: the application, the database, where to print, and errors in one line.
+
+Owns the translation of errors into a line on standard error and an exit code; no command shows a traceback for what a
+user can mend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import click
+from celery import Celery
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
+
+from pgpubsub_celery.apps import load_app
+from pgpubsub_celery.cli.exit_codes import EXIT_FAILED, EXIT_UNAVAILABLE, EXIT_USAGE
+from pgpubsub_celery.errors import AppError, PgPubSubError, UnknownChannelError
+from pgpubsub_celery.runs import one_line
+from pgpubsub_celery.settings import Settings
+from pgpubsub_celery.wakeups import CONNECT_ARGUMENTS
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+WIDTH_WHEN_PIPED = 400
+"""Columns, so that no line of a table is cut or wrapped: whoever reads it is a program."""
+
+_PERMISSION_DENIED = "42501"
+
+
+class OneLine(click.ClickException):
+    """Ends a command with one line on standard error."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        # An attribute of the class in click, and read from the instance.
+        self.__dict__["exit_code"] = exit_code
+
+
+@dataclasses.dataclass
+class State:
+    """What options before the command have said."""
+
+    app_path: str | None = None
+    app: Celery | None = None
+
+    def require_app(self) -> Celery:
+        """Return the application, with all its channels and listeners imported."""
+        if self.app is None:
+            self.app = load_app(self.require_app_path())
+        return self.app
+
+    def require_app_path(self) -> str:
+        """Return what -A was given; AppError without one."""
+        if not self.app_path:
+            raise AppError(
+                "No application is named: pass -A with the module of your Celery application, for example "
+                "`pgpubsub-bridge -A blog.celery_app listen`, or set PGPUBSUB_APP."
+            )
+        return self.app_path
+
+    def settings(self, **options: Any) -> Settings:
+        """Return the settings of the application, where there is one, else of the environment alone."""
+        conf = self.require_app().conf if self.app_path else None
+        return Settings.load(conf, **options)
+
+
+class Group(click.Group):
+    """A group whose commands end with one line for every error of ours, for wrong usage, and for a lost database."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the group's own options."""
+        with _in_one_line():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Parse and run the command."""
+        with _in_one_line():
+            return super().invoke(ctx)
+
+
+# Since click 8.2; before, it prints the help itself.
+_HELP_WANTED: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
+
+
+@contextlib.contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as exc:
+        if isinstance(exc, _HELP_WANTED):
+            raise
+        help_at = f" See `{exc.ctx.command_path} --help`." if exc.ctx is not None else ""
+        raise OneLine(" ".join(exc.format_message().split()) + help_at, EXIT_USAGE) from exc
+    except (AppError, UnknownChannelError) as exc:
+        # What the user's own module raised may have any number of lines.
+        raise OneLine(" ".join(str(exc).split()), EXIT_USAGE) from exc
+    except PgPubSubError as exc:
+        raise OneLine(str(exc), EXIT_USAGE) from exc
+    except DBAPIError as exc:
+        raise _of_database(exc) from exc
+
+
+def _of_database(exc: DBAPIError) -> OneLine:
+    state = getattr(exc.orig, "pgcode", None)
+    if exc.connection_invalidated or state is None:
+        return OneLine(f"The database cannot be reached: {one_line(exc)}", EXIT_UNAVAILABLE)
+    fix = ""
+    if state == _PERMISSION_DENIED:
+        fix = ". A role that is to do this needs `pgpubsub-bridge -A your.app install --grant-run ROLE`."
+    return OneLine(f"The database refused: {one_line(exc)}{fix}", EXIT_FAILED)
+
+
+def app_option(command: C) -> C:
+    """Accept -A after the command's name, too."""
+
+    def take(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            ctx.ensure_object(State).app_path = value
+
+    return click.option(
+        "-A",
+        "--app",
+        expose_value=False,
+        callback=take,
+        metavar="MODULE",
+        help="The Celery application, as for celery -A.",
+    )(command)
+
+
+def database_option(command: C) -> C:
+    """Accept --database-url: `None` means the settings' own."""
+    return click.option(
+        "--database-url",
+        metavar="URL",
+        help="Where the tables are. Default: PGPUBSUB_DATABASE_URL, pgpubsub_database_url.",
+    )(command)
+
+
+def open_engine(settings: Settings) -> Engine:
+    """Return an engine for a command: no pool, dead servers noticed."""
+    return create_engine(
+        settings.require_database_url(),
+        poolclass=NullPool,
+        connect_args={**CONNECT_ARGUMENTS, "application_name": "pgpubsub-command"},
+    )
+
+
+@contextlib.contextmanager
+def connected(settings: Settings, *, autocommit: bool = False) -> Iterator[Connection]:
+    """A connection for a command, in a transaction that is committed at the end, or none."""
+    engine = open_engine(settings)
+    if autocommit:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            yield connection
+        return
+    with engine.begin() as connection:
+        yield connection
+
+
+def console() -> Console:
+    """Return where to print: colours for people, none when piped or with NO_COLOR."""
+    width = None if os.isatty(1) or os.environ.get("COLUMNS") else WIDTH_WHEN_PIPED
+    return Console(highlight=False, width=width)
+
+
+def new_table(*columns: str, title: str | None = None, **options: Any) -> Table:
+    """Return an empty table: with lines for people, without when piped."""
+    lines = box.ROUNDED if os.isatty(1) else None
+    return Table(*columns, title=title, title_justify="left", box=lines, pad_edge=lines is not None, **options)
