@@ -6,7 +6,9 @@ Run by real processes: `pgpubsub-bridge -A tests.chaos.app listen` and `celery -
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +23,11 @@ from pgpubsub_celery import Channel, NotificationInfo, TriggerChannel, channel_t
 from pgpubsub_celery.broker import Broker
 from tests.chaos.steps import become, step
 
+# Short, so that what a dead worker had reserved comes again, besides what comes again by its lease.
+TRANSPORT_OPTIONS = {"visibility_timeout": 10, "unacked_mutex_expire": 5}
+
+faulthandler.register(signal.SIGUSR2)  # a process that hangs is asked where
+
 app = Celery("chaos", broker=os.environ.get("CHAOS_BROKER_URL", "memory://"))
 app.conf.update(
     broker_connection_retry_on_startup=True,
@@ -28,8 +35,7 @@ app.conf.update(
     worker_hijack_root_logger=True,
     worker_prefetch_multiplier=4,
     task_default_queue="chaos",
-    # Short, so that what a dead worker had reserved comes again, besides what comes again by its lease.
-    broker_transport_options={"visibility_timeout": 10, "unacked_restore_limit": 100},
+    broker_transport_options=TRANSPORT_OPTIONS,
 )
 
 

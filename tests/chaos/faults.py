@@ -62,6 +62,7 @@ class Killer(threading.Thread):
         self._numbers = itertools.count()
         self._busy: set[str] = set()
         self._deaths_read = 0
+        self._decks = 0
         self.faults: list[Fault] = []
         """Written by this thread."""
         self.error: str | None = None
@@ -69,7 +70,7 @@ class Killer(threading.Thread):
     @property
     def done(self) -> bool:
         """Whether there were enough."""
-        return len(self.faults) >= self._wanted or not self.is_alive()
+        return not self.is_alive()
 
     def run(self) -> None:
         try:
@@ -93,8 +94,11 @@ class Killer(threading.Thread):
     def _deal(self) -> None:
         faults: list[Callable[[], None]] = []
         steps: list[tuple[str, str]] = []
-        while len(self.faults) < self._wanted:
+        while self._decks < 2 or len(self.faults) < self._wanted:
             if not faults:
+                self._decks += 1
+                if self._decks == 2 and len(self.faults) >= self._wanted:
+                    return
                 faults = self._shuffled(self._all())
             if not steps:
                 steps = self._shuffled([(role, step) for role, names in STEPS.items() for step in names])

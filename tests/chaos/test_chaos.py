@@ -16,7 +16,7 @@ from tests.chaos.verdict import Verdict
 from tests.conftest import POSTGRES_BIN
 
 PLAN = Plan(
-    notifications=int(os.environ.get("CHAOS_NOTIFICATIONS", "3000")),
+    notifications=int(os.environ.get("CHAOS_NOTIFICATIONS", "2000")),
     faults=int(os.environ.get("CHAOS_FAULTS", "30")),
     seed=int(os.environ.get("CHAOS_SEED", "1")),
 )

@@ -78,7 +78,8 @@ class Verdict:
             "unknown to their writer": sum(writer.unknown for writer in self._chaos.writers),
             "failed": len(failed),
             "pool children that outlived their worker": len(self._chaos.monitor.reaped),
-            "processes that ended by themselves": [e for unit in self._chaos.units for e in unit.endings],
+            "ended with an error of their own": [e for unit in self._chaos.units for e in unit.endings],
+            "did not end when asked": [e for unit in self._chaos.units for e in unit.insisted],
         }
 
     def _judge_locked(self, connection: psycopg2.extensions.connection, emitted: dict[str, set[int]]) -> None:
@@ -126,9 +127,7 @@ class Verdict:
             if fault.side == POSTGRES or (fault.side == WORKER and one.pid in fault.pids)
         )
 
-    def _judge_plain(
-        self, connection: psycopg2.extensions.connection, runs: Sequence[Run], emitted: set[int]
-    ) -> None:
+    def _judge_plain(self, connection: psycopg2.extensions.connection, runs: Sequence[Run], emitted: set[int]) -> None:
         ran = {run.number for run in runs if run.kind == "plain" and run.finished_at is not None}
         missing = plain_missing(connection, self._chaos.wipes)
         self.violates("plain tasks that the broker cannot have forgotten, without a run", missing)

@@ -130,5 +130,3 @@ def record(connection: Connection, kind: str, numbers: list[int]) -> None:
         text("INSERT INTO emitted (kind, number, at) SELECT :kind, n, :at FROM unnest(CAST(:n AS bigint[])) n"),
         {"kind": kind, "n": numbers, "at": time.time()},
     )
-
-
