@@ -92,7 +92,8 @@ def read_operations(channel: type[Channel], on: str | Iterable[str] | None) -> t
             'on="insert", on="save" or on=("insert", "delete").'
         )
     wanted: list[str] = []
-    for word in [on] if isinstance(on, str) else list(on):
+    words: Iterable[Any] = [on] if isinstance(on, str) or not isinstance(on, Iterable) else on
+    for word in words:
         known = (*TRIGGER_OPERATIONS, *_READINGS)
         if word not in known:
             raise ListenerError(

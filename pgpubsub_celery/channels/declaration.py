@@ -73,6 +73,7 @@ class Channel:
         super().__init_subclass__(**kwargs)
         if cls.__module__ == __name__:
             return  # TriggerChannel
+        _take_place_of_first(cls)
         # Of CPython alone, as the way to see the names around the class statement.
         remember_local_names(cls, sys._getframe(1), also=cls.__dict__.get("model"))  # noqa: SLF001
         # Identity is not inherited: a subclass is another channel.
@@ -83,7 +84,7 @@ class Channel:
         _check_attributes(cls)
         _check_annotations(cls)
         _check_names_are_free(cls)
-        # A reload, and the second class that dataclass(slots=True) makes, take the place of the first.
+        # A reload takes the place of what was declared before.
         _registry[cls.__module__, cls.__qualname__] = cls
 
     @classmethod
@@ -139,15 +140,24 @@ def path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def _take_place_of_first(cls: type[Channel]) -> None:
+    """Give the second class that `dataclass(slots=True)` makes the first one's name: that comes too late for us."""
+    fields = cls.__dict__.get("__dataclass_fields__")
+    if fields is not None:
+        for first in list(_registry.values()):
+            if first.__dict__.get("__dataclass_fields__") is fields:
+                cls.__qualname__ = first.__qualname__
+
+
 # What can be seen in the class statement
 
 
 def _check_spelling(cls: type[Channel]) -> None:
     """Refuse `lock_notification = True`, which would silently mean nothing."""
-    known = [name for base in cls.__mro__ if base.__module__ == __name__ for name in vars(base) if name[0] != "_"]
+    known = [name for base in cls.__mro__ if base.__module__ == __name__ for name in own_annotations(base)]
     fields = getattr(cls, "__dataclass_fields__", {}).keys() | own_annotations(cls).keys()
     for name, value in vars(cls).items():
-        if name.startswith("_") or name in known or name in fields or callable(value) or hasattr(value, "__get__"):
+        if name.startswith("_") or name in known or name in fields or hasattr(value, "__get__"):
             continue
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.83)
         if near:
