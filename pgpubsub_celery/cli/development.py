@@ -24,7 +24,6 @@ from pgpubsub_celery.channels import TriggerChannel, registered_channels, table_
 from pgpubsub_celery.cli.context import State, app_option, open_engine
 from pgpubsub_celery.cli.demonstration import interruptible
 from pgpubsub_celery.cli.exit_codes import EXIT_FAILED
-from pgpubsub_celery.embedded import EmbeddedPostgres, EmbeddedValkey, start_process
 from pgpubsub_celery.errors import PgPubSubError
 from pgpubsub_celery.runs import one_line
 from pgpubsub_celery.settings import Settings, sync_url
@@ -92,6 +91,8 @@ def _database(app: Celery, directory: Path, stack: contextlib.ExitStack) -> str:
             click.echo(f"the configured database does not answer ({one_line(exc)}): starting one.", err=True)
         else:
             return configured
+    from pgpubsub_celery.embedded import EmbeddedPostgres
+
     return stack.enter_context(EmbeddedPostgres(directory / "postgres")).url
 
 
@@ -106,6 +107,8 @@ def _broker(app: Celery, directory: Path, stack: contextlib.ExitStack) -> str:
             click.echo(f"the configured broker does not answer ({one_line(exc)}): starting one.", err=True)
         else:
             return url
+    from pgpubsub_celery.embedded import EmbeddedValkey
+
     return stack.enter_context(EmbeddedValkey(directory / "valkey")).url
 
 
@@ -132,6 +135,8 @@ def _install(settings: Settings, *, create_tables: bool) -> None:
 
 @contextlib.contextmanager
 def _running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    from pgpubsub_celery.embedded import start_process
+
     process = start_process([sys.executable, "-m", *command], stdin=subprocess.DEVNULL)
     try:
         yield process

@@ -153,6 +153,8 @@ def listen(
     # What is wrong with the words themselves is said before anything is imported.
     if worker and processes is not None:
         raise SettingsError(f"--worker is one process: leave out --processes {processes}, or leave out --worker.")
+    if processes is not None and processes < 1:
+        raise SettingsError(f"--processes is {processes}: expected a whole number of at least 1.")
     if recover is not None and recover not in RECOVER:
         raise SettingsError(f"--recover is {recover!r}: expected --recover, --recover=all or --recover=waiting.")
     if worker_start_method not in supervisor.START_METHODS:

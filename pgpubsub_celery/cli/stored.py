@@ -260,7 +260,15 @@ def _time(moment: datetime.datetime | None) -> str:
     return "" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"
 
 
-@click.command()
+@click.command(
+    epilog="""
+Examples:
+
+\b
+  pgpubsub-bridge show 17
+  pgpubsub-bridge show 17 --json
+"""
+)
 @app_option
 @database_option
 @click.argument("id", type=int)
