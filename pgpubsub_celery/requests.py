@@ -17,7 +17,7 @@ from typing import Any
 from billiard.exceptions import WorkerLostError
 from celery.exceptions import TimeLimitExceeded
 from celery.worker.request import Request
-from sqlalchemy import create_engine, text
+from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
@@ -37,6 +37,8 @@ UNKNOWN_DELAY = 5.0
 """Seconds before a notification that this worker has no task for is published again; doubles with each dispatch."""
 
 Write = Callable[[Store, Any], object]
+
+_NOT_SETTLED = "A lost run was not settled (%s); its lease does it: %s"
 
 
 class ListenerRequest(Request):  # type: ignore[misc]  # celery has no types
@@ -125,30 +127,38 @@ class _Settler(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="pgpubsub-settler", daemon=True)
         self.pid = os.getpid()
-        self.work: queue.SimpleQueue[tuple[Any, str, Write]] = queue.SimpleQueue()
+        self.work: queue.SimpleQueue[tuple[Settings, Engine, str, Write]] = queue.SimpleQueue()
 
     def run(self) -> None:
         while True:
-            app, what, write = self.work.get()
+            settings, engine, what, write = self.work.get()
             try:
-                self._settle(app, write)
+                self._settle(settings, engine, write)
             except (SQLAlchemyError, PgPubSubError) as exc:
-                logger.warning("A lost run was not settled (%s); its lease does it: %s", what, one_line(exc))
+                logger.warning(_NOT_SETTLED, what, one_line(exc))
             except Exception:
                 logger.exception("A lost run was not settled (%s); its lease does it", what)
 
     @staticmethod
-    def _settle(app: Any, write: Write) -> None:
-        settings = Settings.load(app.conf)
-        # Seldom used, and never to be inherited by a child: no pool.
-        engine = create_engine(
-            settings.require_database_url(),
-            poolclass=NullPool,
-            connect_args={**CONNECT_ARGUMENTS, "application_name": "pgpubsub-worker"},
-        )
+    def _settle(settings: Settings, engine: Engine, write: Write) -> None:
         with engine.begin() as connection:
             connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
             write(Store(settings.schema), connection)
+
+
+def _prepared(app: Any) -> tuple[Settings, Engine]:
+    """Return what settling needs. Whatever it imports, it imports here, and so in the event loop's thread.
+
+    The pool forks a lost child's successor while the settler is at work. A module that another thread is importing at
+    that moment stays locked in the child for good: the child would hang at its own first connection.
+    """
+    settings = Settings.load(app.conf)
+    # Seldom used, and never to be inherited by a child: no pool.
+    return settings, create_engine(
+        settings.require_database_url(),
+        poolclass=NullPool,
+        connect_args={**CONNECT_ARGUMENTS, "application_name": "pgpubsub-worker"},
+    )
 
 
 _settler: _Settler | None = None
@@ -158,8 +168,13 @@ _creating = threading.Lock()
 def settle_later(app: Any, what: str, write: Write) -> None:
     """Have `write(store, connection)` done in a transaction, by a thread of this process."""
     global _settler
+    try:
+        settings, engine = _prepared(app)
+    except PgPubSubError as exc:
+        logger.warning(_NOT_SETTLED, what, one_line(exc))
+        return
     with _creating:
         if _settler is None or _settler.pid != os.getpid():
             _settler = _Settler()
             _settler.start()
-    _settler.work.put((app, what, write))
+    _settler.work.put((settings, engine, what, write))
