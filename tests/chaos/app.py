@@ -83,7 +83,7 @@ class Started(Base):
     id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     kind: Mapped[str] = mapped_column(String(20))
     number: Mapped[int] = mapped_column(BigInteger)
-    notification: Mapped[int] = mapped_column(BigInteger)
+    notification: Mapped[int | None] = mapped_column(BigInteger)
     pid: Mapped[int] = mapped_column(Integer)
     begun_at: Mapped[float] = mapped_column(Float)
     finished_at: Mapped[float | None] = mapped_column(Float)
@@ -236,7 +236,7 @@ def own_engine() -> Engine:
     return _engine[1]
 
 
-def run_apart(kind: str, number: int, notification: int) -> None:
+def run_apart(kind: str, number: int, notification: int | None) -> None:
     """Begin in a transaction of its own, and finish in another."""
     step("listener-before")
     begun_at = time.time()
@@ -254,7 +254,12 @@ def run_apart(kind: str, number: int, notification: int) -> None:
 
 
 # Somebody else's database errors are a listener's own affair: these are tried again for as long as it takes.
-APART = {"autoretry_for": (DBAPIError,), "retry_backoff": True, "retry_backoff_max": 2, "max_retries": None}
+APART: dict[str, Any] = {
+    "autoretry_for": (DBAPIError,),
+    "retry_backoff": True,
+    "retry_backoff_max": 2,
+    "max_retries": None,
+}
 
 
 @channel_task(Owned, **APART)
@@ -272,7 +277,7 @@ def take_owned_bundled(number: int, notification: NotificationInfo) -> None:
 @app.task(acks_late=True, reject_on_worker_lost=True, **APART)
 def plain(number: int) -> None:
     """At least once from the moment that the broker has it, for as long as the broker remembers."""
-    run_apart("plain", number, 0)
+    run_apart("plain", number, None)
 
 
 # The steps

@@ -16,8 +16,8 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import psycopg2
@@ -26,6 +26,8 @@ from tests.chaos.steps import STEPS, order
 
 if TYPE_CHECKING:
     from tests.chaos.harness import Chaos, Unit
+
+T = TypeVar("T")
 
 BRIDGE, WORKER, POSTGRES, BROKER = "bridge", "worker", "postgres", "broker"
 
@@ -81,7 +83,7 @@ class Killer(threading.Thread):
             for path in (self._chaos.folder / "orders").iterdir():
                 path.unlink(missing_ok=True)
             while self._undo:
-                _, _, resource, undo = heapq.heappop(self._undo)
+                _, _, _, undo = heapq.heappop(self._undo)
                 with contextlib.suppress(Exception):
                     undo()
             self._read_deaths()
@@ -111,7 +113,7 @@ class Killer(threading.Thread):
                 self._undo_due()
                 self._read_deaths()
 
-    def _shuffled(self, cards: Iterable[object]) -> list:  # type: ignore[type-arg]
+    def _shuffled(self, cards: Sequence[T]) -> list[T]:
         cards = list(cards)
         self._random.shuffle(cards)
         return cards
@@ -224,10 +226,10 @@ class Killer(threading.Thread):
     def _terminate_backend(self) -> None:
         pid = self._backend()
         if pid is not None:
-            with contextlib.closing(psycopg2.connect(self._chaos.direct_url)) as connection:
-                connection.autocommit = True
-                with connection.cursor() as cursor:
-                    cursor.execute("SELECT pg_terminate_backend(%s)", [pid])
+            connection = psycopg2.connect(self._chaos.direct_url)
+            connection.autocommit = True
+            with contextlib.closing(connection), connection.cursor() as cursor:
+                cursor.execute("SELECT pg_terminate_backend(%s)", [pid])
             self.note("backend: pg_terminate_backend", POSTGRES)
 
     def _kill_backend(self) -> None:
@@ -242,13 +244,13 @@ class Killer(threading.Thread):
         """Return one that is not the harness's own."""
         self._thaw_first(POSTGRES)
         try:
-            with contextlib.closing(psycopg2.connect(self._chaos.direct_url, connect_timeout=5)) as connection:
-                with connection.cursor() as cursor:
-                    cursor.execute(
-                        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() "
-                        "AND application_name NOT LIKE 'chaos-monitor%%' AND pid <> pg_backend_pid() ORDER BY pid"
-                    )
-                    pids = [row[0] for row in cursor]
+            connection = psycopg2.connect(self._chaos.direct_url, connect_timeout=5)
+            with contextlib.closing(connection), connection.cursor() as cursor:
+                cursor.execute(
+                    "SELECT pid FROM pg_stat_activity WHERE datname = current_database() "
+                    "AND application_name <> 'chaos-monitor' AND pid <> pg_backend_pid() ORDER BY pid"
+                )
+                pids = [row[0] for row in cursor]
         except psycopg2.OperationalError:
             return None  # recovering
         return self._random.choice(pids) if pids else None

@@ -351,9 +351,9 @@ class Chaos:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.pid != os.getpid() and process.environ().get("CHAOS_FOLDER") == str(self.folder):
-                    if process.status() != psutil.STATUS_ZOMBIE:
-                        found.append(process)
+                ours = process.pid != os.getpid() and process.environ().get("CHAOS_FOLDER") == str(self.folder)
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
         return found
 
     def log_tails(self, lines: int = 40) -> str:

@@ -38,7 +38,7 @@ class FaultProxy:
 
     def cut(self) -> int:
         """Reset all connections, on both sides; return how many."""
-        return self._call(self._do(lambda: self._cut()))
+        return self._call(self._do(self._cut))
 
     def cut_clients(self) -> list[_Link]:
         """Reset the clients' sides only: the server goes on believing in them until they are given to `forget`."""
@@ -46,7 +46,7 @@ class FaultProxy:
 
     def forget(self, links: list[_Link]) -> None:
         """End the server's side of what `cut_clients` returned."""
-        self._call(self._do(lambda: [link.reset() for link in links]))
+        self._call(self._do(lambda: _reset_all(links)))
 
     def freeze(self) -> None:
         """Let nothing pass any more; connections stay, new ones are accepted, and hang."""
@@ -90,8 +90,7 @@ class FaultProxy:
 
     def _cut(self) -> int:
         links = list(self._links)
-        for link in links:
-            link.reset()
+        _reset_all(links)
         return len(links)
 
     def _cut_clients(self) -> list[_Link]:
@@ -170,6 +169,11 @@ class _Link:
         self._over.set()
         for _, writer in (self._client, self._server):
             _reset(writer)
+
+
+def _reset_all(links: list[_Link]) -> None:
+    for link in links:
+        link.reset()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -106,25 +107,28 @@ class Verdict:
         self.violates("never committed, and yet with a run", sorted(of.keys() - expected))
         unexplained, overlapping, again = [], [], 0
         for those in of.values():
-            for one, next_ in zip(those, those[1:], strict=False):
+            for one, next_ in itertools.pairwise(those):
                 again += 1
                 if not self._explained(one, next_):
                     unexplained.append((one, next_))
-                if one.finished_at is not None and next_.begun_at < one.finished_at:
-                    if not self._explained(one, next_):
-                        overlapping.append((one, next_))
+                if next_.begun_at < (one.finished_at or 0) and not self._explained(one, next_, overlap=True):
+                    overlapping.append((one, next_))
         ids = [one.notification for one, _ in unexplained]
         self.violates("run twice without a fault that explains it", unexplained, ids)
         self.violates("run twice at the same time without a fault that explains it", overlapping, ids)
         self.facts["runs of listeners without session"] = sum(map(len, of.values()))
         self.facts["of these second ones, each explained by a fault"] = again - len(unexplained)
 
-    def _explained(self, one: Run, next_: Run) -> bool:
-        """Whether the first run's worker was killed or stopped, or Postgres was out of its reach, in between."""
+    def _explained(self, one: Run, next_: Run, *, overlap: bool = False) -> bool:
+        """Whether the first run's worker was killed or stopped, or Postgres was out of its reach, in between.
+
+        Both at the same time is explained by less: who was killed does not go on.
+        """
         return any(
             fault.spoils(one.begun_at, next_.begun_at)
             for fault in self._chaos.killer.faults
-            if fault.side == POSTGRES or (fault.side == WORKER and one.pid in fault.pids)
+            if fault.side == POSTGRES
+            or (fault.side == WORKER and one.pid in fault.pids and ("stopped" in fault.what or not overlap))
         )
 
     def _judge_plain(self, connection: psycopg2.extensions.connection, runs: Sequence[Run], emitted: set[int]) -> None:
@@ -164,8 +168,8 @@ class Verdict:
             by_what[fault.what].append(fault)
         seconds = (chaos.monitor.idle_since or chaos.ended) - chaos.began
         lines = [
-            f"seed {chaos.plan.seed}: {len(faults)} faults in {chaos.ended - chaos.began:.0f} s, "
-            f"idle {(chaos.monitor.idle_since or float('nan')) - chaos.ended:.1f} s after the last",
+            f"seed {chaos.plan.seed}: {len(faults)} faults in {chaos.ended - chaos.began:.0f} s",
+            f"idle {(chaos.monitor.idle_since or float('nan')) - chaos.ended:.1f} s after the last fault",
             *(f"{name}: {value}" for name, value in self.facts.items()),
             f"throughput: {self.facts.get('notifications', 0) / seconds:.0f}/s over all, faults included",
             f"{'fault':56} {'count':>5} {'caught up, median':>18} {'max':>6}",
