@@ -100,6 +100,21 @@ def definitions(names: Names, channels: Sequence[type[Channel]]) -> dict[str, li
     return dict(sorted(found.items()))
 
 
+def with_triggers(connection: Connection, names: Names, channels: Sequence[type[Channel]]) -> list[type[Channel]]:
+    """Return the channels without those that a newer release has renamed.
+
+    A process of the older release that installs late would otherwise have their tables emit under both names.
+    """
+    if relation_of(connection, names.channel) is None:
+        return list(channels)
+    rows = read_channels(connection, names)
+    return [
+        channel
+        for channel in channels
+        if not any(channel.name() in row.aliases and row.name not in channel.aliases for row in rows)
+    ]
+
+
 def tables(schema: str) -> list[Table]:
     """Return this package's tables, in `schema`, in the order to create them."""
     copy = MetaData()

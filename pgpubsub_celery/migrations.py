@@ -72,7 +72,8 @@ def install(
     selected = drift.select(channels)
     attempts = Attempts(bind, "install", names.schema, lock_timeout)
     done = attempts.run(_OWN, _install_own, names, selected)
-    for table, wanted in drift.definitions(names, selected).items():
+    present = attempts.run(_OWN, drift.with_triggers, names, selected)
+    for table, wanted in drift.definitions(names, present).items():
         done += attempts.run(f"the table {table}", _install_triggers, names, table, wanted)
     if prune:
         # Triggers first: what they store is for the subscriptions.
@@ -99,7 +100,8 @@ def check(
     names = _names(schema)
     selected = drift.select(channels)
     steps = drift.own_steps(connection, names, selected)
-    for table, wanted in drift.definitions(names, selected).items():
+    present = drift.with_triggers(connection, names, selected)
+    for table, wanted in drift.definitions(names, present).items():
         steps += drift.trigger_steps(connection, names, table, wanted)
     if channels is None:
         steps += drift.unwanted_triggers(connection, names) + drift.unused_functions(connection, names)

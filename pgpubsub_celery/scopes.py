@@ -28,6 +28,8 @@ DEEPEST = 200
 """Levels of lists and dicts that are looked into, to say where something is that JSON does not have."""
 
 _SET_CONTEXT = text("SELECT pg_catalog.set_config('pgpubsub.context', :context, true)")
+_SET_SUPPRESSED = text("SELECT pg_catalog.set_config('pgpubsub.suppress', :names, true)")
+_SUPPRESS = "suppress_notifications"
 _SESSION_CONTEXT = "pgpubsub_context"
 """Key of `Session.info`: the context of all its transactions."""
 
@@ -178,14 +180,18 @@ class suppress_notifications:  # noqa: N801  # reads as a statement: `with suppr
     Args:
         bind: a Session, scoped_session or Connection.
         *channels: trigger channels, as classes or module paths.
+        bind_arguments: as for `Session.connection`, where the session has several databases.
 
     Raises:
         BindError: there is no transaction to join.
         ChannelError: a channel is not a trigger channel.
     """
 
-    def __init__(self, bind: Any, *channels: type[Channel] | str) -> None:
+    def __init__(
+        self, bind: Any, *channels: type[Channel] | str, bind_arguments: Mapping[str, Any] | None = None
+    ) -> None:
         self._bind = bind
+        self._bind_arguments = bind_arguments
         self._names = _names_of(channels)
 
     def __enter__(self) -> None:
@@ -195,39 +201,51 @@ class suppress_notifications:  # noqa: N801  # reads as a statement: `with suppr
         self._end(self._bind, failed=kind is not None)
 
     async def __aenter__(self) -> None:
-        await run_in(self._bind, "async with suppress_notifications", self._begin)
+        await run_in(self._bind, f"async with {_SUPPRESS}", self._begin)
 
     async def __aexit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
-        await run_in(
-            self._bind, "async with suppress_notifications", lambda sync: self._end(sync, failed=kind is not None)
-        )
+        await run_in(self._bind, f"async with {_SUPPRESS}", lambda sync: self._end(sync, failed=kind is not None))
 
     def _begin(self, bind: Any) -> None:
-        owner = session_or_connection(bind, "suppress_notifications")
-        connection_of(owner, "suppress_notifications")
+        owner = session_or_connection(bind, _SUPPRESS)
+        connection_of(owner, _SUPPRESS, self._bind_arguments)
         if isinstance(owner, Session):
             owner.flush()
         stack = _suppressed.setdefault(owner, [])
         if not stack:
             _listen(owner)
         stack.append(self._names)
-        _apply(owner)
+        try:
+            self._apply(owner)
+        except BaseException:
+            self._forget(owner)
+            raise
 
     def _end(self, bind: Any, *, failed: bool) -> None:
-        owner = session_or_connection(bind, "suppress_notifications")
+        owner = session_or_connection(bind, _SUPPRESS)
         try:
             if isinstance(owner, Session) and not failed:
                 owner.flush()
+        except BaseException:
+            failed = True
+            raise
         finally:
-            stack = _suppressed[owner]
-            stack.remove(self._names)
-            if not stack:
-                del _suppressed[owner]
-                _listen(owner, stop=True)
+            self._forget(owner)
             if owner.in_transaction():
                 # In an aborted transaction this fails, as all would until the rollback that undoes the setting.
                 with contextlib.suppress(*((DBAPIError, InvalidRequestError) if failed else ())):
-                    _apply(owner)
+                    self._apply(owner)
+
+    def _apply(self, owner: Session | Connection) -> None:
+        connection = connection_of(owner, _SUPPRESS, self._bind_arguments)
+        connection.execute(_SET_SUPPRESSED, {"names": _setting(owner)})
+
+    def _forget(self, owner: Session | Connection) -> None:
+        stack = _suppressed[owner]
+        stack.remove(self._names)
+        if not stack:
+            del _suppressed[owner]
+            _listen(owner, stop=True)
 
 
 _suppressed: weakref.WeakKeyDictionary[Session | Connection, list[tuple[str, ...]]] = weakref.WeakKeyDictionary()
@@ -253,13 +271,6 @@ def _setting(owner: Session | Connection) -> str:
     return "\n".join(sorted({name for names in _suppressed.get(owner, ()) for name in names}))
 
 
-def _apply(owner: Session | Connection) -> None:
-    connection = connection_of(owner, "suppress_notifications")
-    connection.execute(
-        text("SELECT pg_catalog.set_config('pgpubsub.suppress', :names, true)"), {"names": _setting(owner)}
-    )
-
-
 def _listen(owner: Session | Connection, *, stop: bool = False) -> None:
     change = event.remove if stop else event.listen
     if isinstance(owner, Session):
@@ -270,9 +281,7 @@ def _listen(owner: Session | Connection, *, stop: bool = False) -> None:
 
 def _suppress_in_transaction(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
     if not transaction.nested and session in _suppressed:
-        connection.execute(
-            text("SELECT pg_catalog.set_config('pgpubsub.suppress', :names, true)"), {"names": _setting(session)}
-        )
+        connection.execute(_SET_SUPPRESSED, {"names": _setting(session)})
 
 
 def _suppress_in_begun(connection: Connection) -> None:

@@ -912,6 +912,29 @@ def test_asynchronous_sessions_and_connections_suppress_too(library: Engine, ins
     assert emitted(library) == [("AuthorChanges", 3), ("AuthorChanges", 6)]
 
 
+def test_a_flush_that_fails_at_the_end_says_why(library: Engine) -> None:
+    """And leaves nothing suppressed behind."""
+    with Session(library) as session:
+        session.add(Author(id=1))
+        session.commit()
+        with pytest.raises(DBAPIError, match="duplicate key"), suppress_notifications(session):
+            session.add(Author(id=1))
+        session.rollback()
+        session.add(Author(id=2))
+        session.commit()
+    assert emitted(library) == [("AuthorChanges", 1), ("AuthorChanges", 2)]
+
+
+def test_a_session_with_several_databases_says_which_to_suppress(library: Engine, engine: Engine) -> None:
+    """By the same bind_arguments as for notify()."""
+    with Session(binds={Author: library, Notification: engine}) as session:
+        with suppress_notifications(session, bind_arguments={"mapper": Author}):
+            session.add(Author(id=1))
+        session.add(Author(id=2))
+        session.commit()
+    assert emitted(library) == [("AuthorChanges", 2)]
+
+
 def test_only_trigger_channels_can_be_suppressed(installed_engine: Engine) -> None:
     """A message is not emitted by not emitting it."""
     with Session(installed_engine) as session, pytest.raises(ChannelError, match="not a trigger channel"):

@@ -77,12 +77,13 @@ def reads(name: str = "blog.Reads", *, earlier: tuple[str, ...] = (), stored: bo
     return Reads
 
 
-def changes(of: type[Any] = Author, name: str = "blog.Changes") -> type[Channel]:
+def changes(of: type[Any] = Author, name: str = "blog.Changes", earlier: tuple[str, ...] = ()) -> type[Channel]:
     """Declare a trigger channel."""
 
     class Changes(TriggerChannel):
         __qualname__ = name.replace(".", "_")
         channel_name = name
+        aliases = earlier
         lock_notifications = True
         model = of
 
@@ -581,6 +582,61 @@ def test_a_trigger_that_was_dropped_is_made_again(engine: Engine) -> None:
     assert len(differences(engine)) == 1
     install(engine)
     assert triggers(engine) == before
+
+
+def test_an_older_release_that_installs_late_doubles_no_triggers(engine: Engine) -> None:
+    """It knows the table's channel by an earlier name: its triggers would emit each change once more."""
+    from pgpubsub_celery import channels
+
+    Base.metadata.create_all(engine)
+    old = changes(name="blog.Old")
+    listen(old, "on_author", ("insert",))
+    install(engine)
+    channels._registry.clear()
+    new = changes(name="blog.New", earlier=("blog.Old",))
+    listen(new, "on_author", ("insert",))
+    install(engine, channels=[new])
+    before = triggers(engine)
+    channels._registry.clear()
+    install(engine, channels=[old])
+    assert triggers(engine) == before
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO author VALUES (1, 'Ada')"))
+    assert count(engine, "pgpubsub_notification") == 1
+    # Renamed back, by a release that says so.
+    back = changes(name="blog.Old", earlier=("blog.New",))
+    listen(back, "on_author", ("insert",))
+    install(engine, channels=[back])
+    assert triggers(engine) != before
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO author VALUES (2, 'Grace')"))
+    assert count(engine, "pgpubsub_notification") == 2
+
+
+def test_a_plain_role_can_install_for_its_own_tables(installed_engine: Engine, as_role: Engine) -> None:
+    """No superuser is needed; and who writes the table afterwards needs no right to anything of ours."""
+    owner = as_role.url.username
+    with installed_engine.begin() as connection:
+        connection.execute(text(f"CREATE SCHEMA app AUTHORIZATION {owner}"))
+    with as_role.begin() as connection:
+        connection.execute(text("SET search_path = app"))
+        Base.metadata.create_all(connection)
+    listen(changes(), "on_author", ("insert", "update", "delete"))
+    engine = create_engine(as_role.url, connect_args={"options": "-c search_path=app"})
+    install(engine, schema="app")
+    assert differences(engine, schema="app") == []
+    engine.dispose()
+    writer = f"writer_{installed_engine.url.database}"
+    with installed_engine.begin() as connection:
+        connection.execute(text(f"CREATE ROLE {writer}"))
+        connection.execute(text(f"GRANT USAGE ON SCHEMA app TO {writer}"))
+        connection.execute(text(f"GRANT INSERT ON app.author TO {writer}"))
+        connection.execute(text(f"SET ROLE {writer}"))
+        connection.execute(text("INSERT INTO app.author VALUES (1, 'Ada')"))
+        connection.execute(text("RESET ROLE"))
+        connection.execute(text(f"DROP OWNED BY {writer}"))
+        connection.execute(text(f"DROP ROLE {writer}"))
+    assert count(installed_engine, "app.pgpubsub_notification") == 1
 
 
 def test_what_is_not_wanted_any_more_goes_only_when_pruned(engine: Engine) -> None:
