@@ -12,8 +12,7 @@ import math
 import re
 import sys
 import typing
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Generic, Literal
+from typing import Any, ClassVar, Generic, Literal, TypeAlias
 
 from typing_extensions import TypeVar
 
@@ -35,6 +34,8 @@ _HASH_DIGITS = 20
 INJECTED = ("session", "context", "notification")
 """Parameters of listeners that are no fields."""
 
+# Not Iterable: a str is one of str.
+Columns: TypeAlias = tuple[Any, ...] | list[Any] | set[Any] | frozenset[Any]
 M = TypeVar("M", default=Any)
 _model_variable: Any = M
 
@@ -63,7 +64,7 @@ class Channel:
     """When a stored notification is dealt with: its listener has finished, or the broker confirmed its message."""
     channel_name: ClassVar[str | None] = None
     """The channel's identity in the database; by default its path. Not inherited."""
-    aliases: ClassVar[Sequence[str]] = ()
+    aliases: ClassVar[tuple[str, ...] | list[str]] = ()
     """Earlier names, whose notifications are this channel's. Not inherited."""
     lease: ClassVar[float | None] = None
     """Seconds for a listener to begin or show life before its notification is given to another; None: the setting."""
@@ -112,9 +113,9 @@ class TriggerChannel(Channel, Generic[M]):
 
     model: ClassVar[Any]
     """A mapped class or a Table."""
-    include: ClassVar[Literal["all", "key"] | Iterable[Any]] = "all"
+    include: ClassVar[Literal["all", "key"] | Columns] = "all"
     """What is stored of a row: "all", "key" (the primary key alone) or columns, to which the primary key is added."""
-    exclude: ClassVar[Iterable[Any]] = ()
+    exclude: ClassVar[Columns] = ()
     """Columns whose values never leave the table."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -498,10 +498,12 @@ def test_a_union_that_lost_or_got_members_reads_what_is_stored() -> None:
 
 def test_two_types_of_one_name_are_told_apart_by_their_modules() -> None:
     """Or refused, if they have those in common too."""
-    far = dataclasses.make_dataclass("Circle", [("radius", float)], frozen=True, namespace={"__module__": "elsewhere"})
+    far = dataclasses.make_dataclass("Circle", [("radius", float)], frozen=True)
+    far.__module__ = "elsewhere"
     for sent in (Circle(1.0), far(1.0)):
         assert sameness(value_through(Circle | far, sent)) == sameness(sent)
-    near = dataclasses.make_dataclass("Circle", [("radius", float)], namespace={"__module__": __name__})
+    near = dataclasses.make_dataclass("Circle", [("radius", float)])
+    near.__module__ = __name__
     with pytest.raises(ChannelError, match=r"Generated\.value: two types of the union have the same name"):
         check_declared(channel_of(Circle | near))
 
