@@ -102,7 +102,7 @@ def undecodable(annotation: Any, written: Any) -> str:
 
 
 @given(kinds(), st.data())
-@settings(steady, max_examples=500)
+@settings(steady, max_examples=300)
 def test_a_value_of_any_supported_type_comes_back_as_it_was(kind: Kind, data: st.DataObject) -> None:
     """Through JSON, and through what jsonb does to it."""
     channel = channel_of(kind.annotation)
@@ -115,7 +115,7 @@ def test_a_value_of_any_supported_type_comes_back_as_it_was(kind: Kind, data: st
 
 
 @given(kinds(), kinds(), st.data())
-@settings(steady, max_examples=500)
+@settings(steady, max_examples=300)
 def test_a_value_is_accepted_if_and_only_if_it_fits(kind: Kind, other: Kind, data: st.DataObject) -> None:
     """A field takes values of its type, and of subclasses of it, which become its type; nothing else."""
     channel = channel_of(kind.annotation)
@@ -133,7 +133,7 @@ def test_a_value_is_accepted_if_and_only_if_it_fits(kind: Kind, other: Kind, dat
 
 
 @given(kinds(), json_values())
-@settings(steady, max_examples=1000)
+@settings(steady, max_examples=500)
 def test_a_payload_written_by_hand_gives_a_value_that_fits_or_a_decode_error(kind: Kind, written: Any) -> None:
     """Never another error, and never a value of another type."""
     try:
