@@ -211,9 +211,12 @@ def test_everything_can_be_in_a_schema_of_its_own(engine: Engine, schema: str, m
     assert install(engine, schema=schema) == []
     monkeypatch.setattr(emit, "current_schema", lambda: schema)
     with engine.begin() as connection:
+        connection.execute(text(f"CREATE TABLE {quote_identifier(schema)}.alembic_version (version_num text)"))
+        connection.execute(text(f"INSERT INTO {quote_identifier(schema)}.alembic_version VALUES ('abc')"))
+        connection.execute(text("CREATE TABLE alembic_version AS SELECT 'of another application' AS version_num"))
         assert notify(connection, channel(value=1)) == 1  # type: ignore[call-arg]
         connection.execute(text("INSERT INTO author VALUES (1, 'Ada')"))
-    assert count(engine, f"{quote_identifier(schema)}.pgpubsub_notification") == 2
+    assert count(engine, f"{quote_identifier(schema)}.pgpubsub_notification WHERE db_version = 'abc'") == 2
     assert differences(engine) != []
     uninstall(engine, discard_stored=True, schema=schema)
     assert triggers(engine) == []
