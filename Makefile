@@ -5,7 +5,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-CHAOS_SECONDS ?= 300
 
 BIN := $(VENV)/bin
 # Touched last: an interrupted installation is done again, a finished one costs nothing and needs no network.
@@ -35,8 +34,11 @@ format: $(STAMP) ## Format the code, and fix what ruff can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-chaos: $(STAMP) ## Kill and cut at random, for CHAOS_SECONDS (300) each test
-	$(BIN)/python -m pytest --timeout=3600 --chaos-seconds=$(CHAOS_SECONDS) tests/chaos $(ARGS)
+chaos: export CHAOS_NOTIFICATIONS ?= 20000
+chaos: export CHAOS_FAULTS ?= 250
+chaos: export CHAOS_PAUSE ?= 2
+chaos: $(STAMP) ## Kill and cut at random: CHAOS_NOTIFICATIONS, CHAOS_FAULTS, CHAOS_PAUSE, CHAOS_SEED say how much
+	$(BIN)/python -m pytest -q tests/chaos $(ARGS)
 
 clean: ## Remove caches and build products; the virtual environment stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage

@@ -53,7 +53,7 @@ class Fault:
 class Killer(threading.Thread):
     """Deals faults until there were enough."""
 
-    def __init__(self, chaos: Chaos, random_: random.Random, wanted: int, pause: tuple[float, float]) -> None:
+    def __init__(self, chaos: Chaos, random_: random.Random, wanted: int, pause: float) -> None:
         super().__init__(name="killer", daemon=True)
         self._chaos = chaos
         self._random = random_
@@ -106,7 +106,7 @@ class Killer(threading.Thread):
                 steps = self._shuffled([(role, step) for role, names in STEPS.items() for step in names])
             order(self._chaos.folder, *steps.pop())
             faults.pop()()
-            until = time.monotonic() + self._random.uniform(*self._pause)
+            until = time.monotonic() + self._random.uniform(self._pause, 2 * self._pause)
             while (left := until - time.monotonic()) > 0:
                 if self._enough.wait(min(left, 0.1)):
                     return
@@ -291,8 +291,8 @@ class Killer(threading.Thread):
         self._thaw_first(POSTGRES)
         seconds = self._random.uniform(2, 6)
         self.note("Postgres connections: cut, unnoticed by the server", POSTGRES, seconds=seconds)
-        links = self._chaos.to_postgres.cut_clients()
-        self._later(seconds, "half-open", lambda: self._chaos.to_postgres.forget(links))
+        self._chaos.to_postgres.cut_clients()
+        self._later(seconds, "half-open", self._chaos.to_postgres.forget)
 
     # The broker
 

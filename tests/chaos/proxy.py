@@ -1,108 +1,117 @@
 """A TCP proxy that breaks connections in the ways a network does.
 
-Owns an event loop in a thread of its own, and the sockets. Knows nothing of what passes through. It exists because a
-server that is killed closes its connections, while a network does not: here they can also freeze, or end on one side
-only.
+Owns a process of its own, an event loop in it, and the sockets. Knows nothing of what passes through. It exists because
+a server that is killed closes its connections, while a network does not: here they can also freeze, or end on one side
+only. A process, because in one of the test's threads it would wait for the others, and everything else for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from pathlib import Path
+
+from pgpubsub_celery.embedded import start_process
 
 CHUNK = 65_536
 ABORTIVE = struct.pack("ii", 1, 0)
 """SO_LINGER: close by RST."""
-
-T = TypeVar("T")
 
 
 class FaultProxy:
     """Forwards 127.0.0.1:`port` to a server of this machine, until told otherwise. Safe to call from any thread."""
 
     def __init__(self, target_port: int) -> None:
-        self._target_port = target_port
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
-        # All below is touched by the loop's thread only.
-        self._links: set[_Link] = set()
-        self._flowing = asyncio.Event()
-        self._refusing = False
-        self._thread.start()
-        self._server, self.port = self._call(self._start())
+        self._lock = threading.Lock()
+        self._process = start_process(
+            [sys.executable, "-m", "tests.chaos.proxy", str(target_port)],
+            death_signal=signal.SIGKILL,
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.port = self._answer()
 
-    def cut(self) -> int:
-        """Reset all connections, on both sides; return how many."""
-        return self._call(self._do(self._cut))
+    def cut(self) -> None:
+        """Reset all connections, on both sides."""
+        self._tell("cut")
 
-    def cut_clients(self) -> list[_Link]:
-        """Reset the clients' sides only: the server goes on believing in them until they are given to `forget`."""
-        return self._call(self._do(self._cut_clients))
+    def cut_clients(self) -> None:
+        """Reset the clients' sides only: the server goes on believing in them, until `forget`."""
+        self._tell("cut_clients")
 
-    def forget(self, links: list[_Link]) -> None:
-        """End the server's side of what `cut_clients` returned."""
-        self._call(self._do(lambda: _reset_all(links)))
+    def forget(self) -> None:
+        """End the server's side of what `cut_clients` has cut."""
+        self._tell("forget")
 
     def freeze(self) -> None:
         """Let nothing pass any more; connections stay, new ones are accepted, and hang."""
-        self._call(self._do(self._flowing.clear))
+        self._tell("freeze")
 
     def thaw(self) -> None:
         """Let pass what has been waiting, and all else."""
-        self._call(self._do(self._flowing.set))
-
-    def refuse(self, refusing: bool) -> None:
-        """Reset whoever connects from now on, or no more."""
-        self._call(self._do(lambda: setattr(self, "_refusing", refusing)))
+        self._tell("thaw")
 
     def close(self) -> None:
         """End it with all connections."""
-        self._call(self._stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
 
-    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
+    def _tell(self, command: str) -> None:
+        with self._lock:
+            assert self._process.stdin is not None
+            self._process.stdin.write(f"{command}\n".encode())
+            self._process.stdin.flush()
+            self._answer()
 
-    @staticmethod
-    async def _do(function: Callable[[], T]) -> T:
-        return function()
+    def _answer(self) -> int:
+        assert self._process.stdout is not None
+        return int(self._process.stdout.readline())
 
-    async def _start(self) -> tuple[asyncio.AbstractServer, int]:
+
+class _Proxy:
+    """The process's side."""
+
+    def __init__(self, target_port: int) -> None:
+        self._target_port = target_port
+        self._links: set[_Link] = set()
+        self._flowing = asyncio.Event()
         self._flowing.set()
+
+    async def run(self) -> None:
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=CHUNK)
-        return server, int(server.sockets[0].getsockname()[1])
+        _say(server.sockets[0].getsockname()[1])
+        commands = asyncio.StreamReader()
+        loop = asyncio.get_running_loop()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
+        while command := (await commands.readline()).decode().strip():
+            _say(self._obey(command))
 
-    async def _stop(self) -> None:
-        self._server.close()
-        self._cut()
-        this = asyncio.current_task()
-        rest = [task for task in asyncio.all_tasks() if task is not this]
-        for task in rest:
-            task.cancel()
-        await asyncio.gather(*rest, return_exceptions=True)
-
-    def _cut(self) -> int:
+    def _obey(self, command: str) -> int:
         links = list(self._links)
-        _reset_all(links)
+        if command == "freeze":
+            self._flowing.clear()
+        elif command == "thaw":
+            self._flowing.set()
+        elif command == "cut_clients":
+            for link in links:
+                link.reset_client()
+        else:
+            for link in links:
+                if command == "cut" or link.half:
+                    link.reset()
         return len(links)
 
-    def _cut_clients(self) -> list[_Link]:
-        links = [link for link in self._links if not link.half]
-        for link in links:
-            link.reset_client()
-        return links
-
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._refusing:
-            _reset(writer)
-            return
         try:
             there = await asyncio.open_connection("127.0.0.1", self._target_port, limit=CHUNK)
         except OSError:
@@ -171,12 +180,16 @@ class _Link:
             _reset(writer)
 
 
-def _reset_all(links: list[_Link]) -> None:
-    for link in links:
-        link.reset()
-
-
 def _reset(writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(OSError, AttributeError):
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORTIVE)
     writer.transport.abort()
+
+
+def _say(number: int) -> None:
+    sys.stdout.write(f"{number}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    asyncio.run(_Proxy(int(sys.argv[1])).run())

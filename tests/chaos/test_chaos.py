@@ -1,7 +1,7 @@
 """The promises, under fire: nothing lost, nothing applied twice, nothing that was rolled back.
 
-Short by default. `make chaos` goes on for longer: CHAOS_NOTIFICATIONS, CHAOS_FAULTS and CHAOS_SEED say how long, and
-which choices.
+Short by default. `make chaos` goes on for longer: CHAOS_NOTIFICATIONS, CHAOS_FAULTS and CHAOS_PAUSE (seconds from one
+fault to the next, at least) say how long, CHAOS_SEED which choices.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ PLAN = Plan(
     notifications=int(os.environ.get("CHAOS_NOTIFICATIONS", "2000")),
     faults=int(os.environ.get("CHAOS_FAULTS", "30")),
     seed=int(os.environ.get("CHAOS_SEED", "1")),
+    pause=float(os.environ.get("CHAOS_PAUSE", "1")),
 )
 
 
-@pytest.mark.timeout(180 + 8 * PLAN.faults)
+@pytest.mark.timeout(240 + 10 * PLAN.faults)
 def test_every_committed_notification_has_its_effect_whatever_dies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

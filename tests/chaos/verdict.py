@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import statistics
+import uuid
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ class Verdict:
             self._judge(connection)
 
     def _judge(self, connection: psycopg2.extensions.connection) -> None:
-        (self._installation,) = rows(connection, "SELECT id FROM pgpubsub_installation")[0]
+        self._installation = uuid.UUID(rows(connection, "SELECT id::text FROM pgpubsub_installation")[0][0])
         emitted: dict[str, set[int]] = collections.defaultdict(set)
         for kind, number in rows(connection, "SELECT kind, number FROM emitted"):
             emitted[kind].add(number)
@@ -63,6 +64,7 @@ class Verdict:
         ]
         self._judge_owned(runs, emitted)
         self._judge_plain(connection, runs, emitted["plain"])
+        self._measure(connection)
         left = rows(
             connection,
             "SELECT id, channel, state, available_at, now(), dispatches, starts, retries, owner, error "
@@ -137,6 +139,22 @@ class Verdict:
         self.violates("plain tasks that the broker cannot have forgotten, without a run", missing)
         self.violates("plain tasks never committed, and yet with a run", sorted(ran - emitted))
         self.facts["plain tasks that a broker forgot"] = len(emitted - ran) - len(missing)
+
+    def _measure(self, connection: psycopg2.extensions.connection) -> None:
+        took = rows(
+            connection,
+            "SELECT min(done.at) - e.at, e.kind, e.number, min(done.notification), e.at FROM emitted e JOIN "
+            "(SELECT kind, number, at, notification FROM effect UNION ALL "
+            "SELECT kind, number, finished_at, notification FROM run WHERE finished_at IS NOT NULL) done "
+            "USING (kind, number) WHERE e.kind <> 'plain' GROUP BY e.at, e.kind, e.number ORDER BY 1",
+        )
+        seconds = [row[0] for row in took]
+        self.facts["seconds until the effect: median, 99 %, all"] = ", ".join(
+            f"{seconds[min(len(seconds) - 1, int(share * len(seconds)))]:.1f}" for share in (0.5, 0.99, 1.0)
+        )
+        with (self._chaos.folder / "slowest.txt").open("w") as file:
+            for row in took[: -SHOWN - 1 : -1]:
+                file.write("\n".join([f"{row}", *self._history(row[3]), ""]))
 
     def violates(self, what: str, found: Sequence[Any], notifications: Iterable[int] = ()) -> None:
         """Note what must not be there."""
