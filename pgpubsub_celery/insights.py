@@ -71,11 +71,14 @@ class TriggerStatus:
 
 def read_listeners(connection: Connection, schema: str) -> list[ListenerStatus]:
     """Return the status of every subscription, then of channels whose notifications have no listener yet."""
-    names = Names(schema)
-    rows = connection.execute(
-        text(_LISTENERS.format(n=names.notification, s=names.subscription)), {"limit": COUNT_LIMIT}
-    ).mappings()
+    rows = connection.execute(text(listeners_sql(schema)), {"limit": COUNT_LIMIT}).mappings()
     return [ListenerStatus(**{**row, "versions": tuple(row["versions"] or ())}) for row in rows]
+
+
+def listeners_sql(schema: str) -> str:
+    """Return the statement of `read_listeners`, with its parameter `limit`. Uses pgpubsub_notification_claim_idx."""
+    names = Names(schema)
+    return _LISTENERS.format(n=names.notification, s=names.subscription)
 
 
 def read_bridges(connection: Connection, schema: str) -> list[BridgeStatus]:
@@ -122,7 +125,11 @@ def read_notifications(
     return connection.execute(statement, {**parameters, "limit": limit}).mappings().all()
 
 
-_COUNT = "(SELECT count(*) FROM (SELECT 1 FROM {n} n WHERE n.subscription = s.id AND {condition} LIMIT :limit) counted)"
+# The order is the claim index's: without it, the planner would rather look through the table for what there is little
+# of. A count is of at most `limit` index entries.
+_COUNT = """(SELECT count(*) FROM (
+        SELECT 1 FROM {n} n WHERE n.subscription = s.id AND {condition} ORDER BY n.available_at, n.id LIMIT :limit
+    ) counted)"""
 _LISTENERS = (
     "SELECT s.channel, s.listener, "
     + ", ".join(
@@ -139,15 +146,20 @@ _LISTENERS = (
     + """,
     (SELECT extract(epoch FROM now() - n.available_at)::float8 FROM {n} n
         WHERE n.subscription = s.id AND n.state = 'waiting' AND n.available_at <= now()
-        ORDER BY n.available_at LIMIT 1) AS oldest_seconds,
-    (SELECT array_agg(DISTINCT v.db_version) FILTER (WHERE v.db_version IS NOT NULL)
-        FROM (SELECT n.db_version FROM {n} n WHERE n.subscription = s.id LIMIT :limit) v) AS versions
+        ORDER BY n.available_at, n.id LIMIT 1) AS oldest_seconds,
+    (SELECT array_agg(DISTINCT v.db_version) FILTER (WHERE v.db_version IS NOT NULL) FROM (
+        SELECT n.db_version FROM {n} n WHERE n.subscription = s.id
+        ORDER BY n.subscription, n.state, n.available_at, n.id LIMIT :limit
+    ) v) AS versions
 FROM {s} s
 UNION ALL
 SELECT n.channel, NULL, count(*) FILTER (WHERE n.available_at <= now()),
     count(*) FILTER (WHERE n.available_at > now()), 0, 0, 0, 0,
     extract(epoch FROM now() - min(n.available_at) FILTER (WHERE n.available_at <= now()))::float8, NULL
-FROM (SELECT * FROM {n} n WHERE n.subscription IS NULL LIMIT :limit) n GROUP BY n.channel
+FROM (
+    SELECT * FROM {n} n WHERE n.subscription IS NULL
+    ORDER BY n.subscription, n.state, n.available_at, n.id LIMIT :limit
+) n GROUP BY n.channel
 ORDER BY 1, 2
 """
 )

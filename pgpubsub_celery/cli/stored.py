@@ -351,10 +351,12 @@ def retry(
         raise SettingsError(
             "retry: say which, by id, --channel, --listener, --state, --older-than or --error; or --all."
         )
-    if not selection.states and not ids:
-        selection = dataclasses.replace(selection, states=("failed", "held"))
-    change = _Change("retry", "to be run again", upkeep.retry_batch, force, dry_run, as_json)
-    change.run(_settings(ctx, database_url), selection)
+    change = _Change("retry", "made due", upkeep.retry_batch, force, dry_run, as_json)
+    if selection.states or ids:
+        change.run(_settings(ctx, database_url), selection)
+    else:
+        states = ("failed", "held", *(upkeep.BUSY_STATES if force else ()))
+        change.run(_settings(ctx, database_url), selection, states=states)
 
 
 @click.command(
@@ -416,13 +418,15 @@ class _Change:
     as_json: bool
     asks: bool = False
 
-    def run(self, settings: Settings, selection: Selection) -> None:
-        """Count, ask, change and tell."""
-        states = None if self.force else upkeep.IDLE_STATES
+    def run(self, settings: Settings, selection: Selection, *, states: tuple[str, ...] = ()) -> None:
+        """Count, ask, change and tell; `states` narrows down what is changed, not what is told of."""
         with connected(settings, autocommit=True) as connection:
             require_installed(connection, settings.schema, VERSION)
-            meant = upkeep.measure(connection, settings.schema, selection, states)
             busy = upkeep.measure(connection, settings.schema, selection, upkeep.BUSY_STATES).count
+            if states:
+                selection = dataclasses.replace(selection, states=states)
+            idle = None if self.force else upkeep.IDLE_STATES
+            meant = upkeep.measure(connection, settings.schema, selection, idle)
             hint = "" if meant.count or busy else _unknown_names(connection, settings.schema, selection)
         if busy and not self.force:
             click.echo(f"{busy} in flight: left alone; {self.verb} them when they are done, or --force.", err=True)
