@@ -263,6 +263,15 @@ class Capture:
         ]
 
 
+def without_virtual(function: str, table: str) -> str:
+    """Return a statement that takes virtual generated columns (Postgres 18) out of a function, if the table has any.
+
+    Transition tables have no values for them, and reading one fails. Both names are quoted.
+    """
+    body = _WITHOUT_VIRTUAL.format(function=quote_literal(function), table=quote_literal(table))
+    return f"DO {dollar_quoted(body, '$ddl$')}"
+
+
 def text_array(values: Iterable[str]) -> str:
     """Return strings as an SQL array, in their order."""
     return f"ARRAY[{', '.join(quote_literal(value).strip() for value in values)}]::text[]"
@@ -286,11 +295,11 @@ def _texts(names: Iterable[str], *, collate: bool = False) -> str:
     IS NULL would be true for a composite value of nulls.
     """
     collation = ' COLLATE "C"' if collate else ""
-    values = (
-        f"CASE WHEN {name} IS DISTINCT FROM NULL THEN concat({name}){collation} END"
-        for name in map(quote_identifier, names)
-    )
+    values = (_TEXT.format(name=name, collation=collation) for name in map(quote_identifier, names))
     return f"ARRAY[{', '.join(values)}]::text[]"
+
+
+_TEXT = "CASE WHEN {name} IS DISTINCT FROM NULL THEN concat({name}){collation} END"
 
 
 # Each value's text is the same whatever the writer's session has set, and says all of the value.
@@ -410,4 +419,28 @@ BEGIN
 EXCEPTION WHEN OTHERS THEN
     RAISE EXCEPTION 'pgpubsub: the condition of % on % cannot be evaluated: %', {listener}, target, SQLERRM
         USING HINT = 'It is SQL over old and new, rows of the table. Functions of your own need their schema.';
+END"""
+
+_WITHOUT_VIRTUAL = """DECLARE
+    target pg_catalog.oid := {table}::pg_catalog.regclass;
+    definition text := pg_catalog.pg_get_functiondef({function}::pg_catalog.regproc);
+    name text;
+BEGIN
+    FOR name IN
+        SELECT pg_catalog.concat('"', pg_catalog.replace(a.attname, '"', '""'), '"') FROM pg_catalog.pg_attribute a
+        WHERE a.attrelid = target AND a.attgenerated = 'v' AND NOT a.attisdropped
+    LOOP
+        definition := pg_catalog.replace(
+            definition, pg_catalog.concat('CASE WHEN ', name, ' IS DISTINCT FROM NULL THEN concat(', name, ')'),
+            'CASE WHEN false THEN text '''''
+        );
+        definition := pg_catalog.replace(definition, 'changed.*', (
+            SELECT pg_catalog.string_agg(pg_catalog.format('changed.%I', a.attname), ', ' ORDER BY a.attnum)
+            FROM pg_catalog.pg_attribute a
+            WHERE a.attrelid = target AND a.attnum > 0 AND a.attgenerated <> 'v' AND NOT a.attisdropped
+        ));
+    END LOOP;
+    IF FOUND THEN
+        EXECUTE definition;
+    END IF;
 END"""

@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.sql import ClauseElement, literal
 from sqlalchemy.sql.util import ClauseAdapter
 
-from pgpubsub_celery.capture import SIDES, TRANSITION, Capture, Predicate, dollar_quoted
+from pgpubsub_celery.capture import SIDES, TRANSITION, Capture, Predicate, dollar_quoted, without_virtual
 from pgpubsub_celery.channels import TriggerChannel, captured_columns, check_declared, table_of
 from pgpubsub_celery.errors import ListenerError, did_you_mean
 from pgpubsub_celery.schema import Names, quote_identifier, quote_literal
@@ -116,9 +116,11 @@ def _definition(
         *capture.checks(target),
         capture.function(name, by_row=False),
         f"REVOKE ALL ON FUNCTION {function(channel.name())}() FROM PUBLIC",
-        _create_triggers(capture, channel.name(), target)
-        if SIDES[operation]
-        else _create_truncate(prefix, name, target),
+        *(
+            (without_virtual(function(channel.name()), target), _create_triggers(capture, channel.name(), target))
+            if SIDES[operation]
+            else (_create_truncate(prefix, name, target),)
+        ),
         # Of a channel that was renamed, the triggers under its earlier name would tell each change once more.
         *(statement for alias in channel.aliases for statement in drop(alias)),
     ]
@@ -258,7 +260,11 @@ def _capture(
         names=(channel.name(), *channel.aliases),
         listen_name=channel.listen_safe_name(),
         stored=channel.lock_notifications,
-        columns=tuple(str(column.name) for column in captured_columns(channel)),
+        columns=tuple(
+            str(column.name)
+            for column in captured_columns(channel)
+            if column.computed is None or column.computed.persisted is not False
+        ),
         listeners=len(listeners),
         predicates=tuple(predicate for predicate in predicates if predicate is not None),
         kind=_kind(channel, table),
