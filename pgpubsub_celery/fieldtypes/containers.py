@@ -19,6 +19,7 @@ from pgpubsub_celery.fieldtypes.codec import TAG, VALUE, Codec, MismatchError, M
 from pgpubsub_celery.fieldtypes.scalars import INT
 
 PAIRS = "$dict"
+_KOMBU = {"__type__", "__value__"}
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,1300}")
 
 
@@ -185,7 +186,8 @@ def as_object(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
     """Return JSON for a dict's encoded keys and values: an object if it can be one, else its pairs in `$dict`."""
     if all(type(key) is str and not key.startswith("$") for key, _ in pairs):
         converted = dict(pairs)
-        if len(converted) == len(pairs):  # NaN is a key as often as one likes
+        # NaN is a key as often as one likes; and what looks like kombu's own values would not pass through a broker.
+        if len(converted) == len(pairs) and converted.keys() != _KOMBU:
             return converted
     return {PAIRS: [[key, value] for key, value in pairs]}
 

@@ -20,6 +20,7 @@ import pytest
 import typing_extensions
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from kombu.utils import json as kombu_json
 from sqlalchemy import Column, Integer, MetaData, Table
 
 from pgpubsub_celery.channels import Channel, TriggerChannel, check_declared
@@ -259,6 +260,14 @@ def test_a_json_value_may_look_like_what_payloads_use_for_something_else() -> No
             assert value_through(Any, sent) == sent
             assert value_through(dict[str, Any], sent) == sent
             assert value_through(int | Any, sent) == sent
+
+
+def test_a_json_value_may_look_like_what_brokers_use_for_something_else() -> None:
+    """Payloads of channels that are not stored pass through kombu's JSON."""
+    for annotation in (Any, dict[str, str]):
+        channel = channel_of(annotation)
+        message = channel({"__type__": "datetime", "__value__": "tomorrow"})
+        assert decode_message(channel, kombu_json.loads(kombu_json.dumps(encode_message(message)))) == message
 
 
 @pytest.mark.parametrize("fold", [0, 1])
