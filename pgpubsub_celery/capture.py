@@ -58,9 +58,9 @@ class Capture:
     stored: bool
     columns: tuple[str, ...]
     """Whose values are stored."""
-    listeners: int
-    """How many have asked for the operation in this release; the predicates are some of theirs."""
     predicates: tuple[Predicate, ...] = ()
+    everybody_has_predicates: bool = False
+    """Whether each listener that this release has for the operation has one."""
     kind: tuple[str, tuple[str, ...]] | None = None
     """A column, and its values (as SQL) in the rows that are the channel's; None: all are."""
 
@@ -150,7 +150,7 @@ class Capture:
             for name in predicate.names
         )
         unwanted = f", 'unwanted', array_remove(ARRAY[{refused}], NULL)"
-        if len(self.predicates) < self.listeners:
+        if not self.everybody_has_predicates:
             return unwanted, ""
         known = [name for predicate in self.predicates for name in predicate.names]
         others = f"SELECT FROM {self._sql.subscription} s WHERE {self._is_subscribed} AND NOT {_is_one_of(known)}"

@@ -1,9 +1,8 @@
-"""From what triggers have stored back to rows: instances of the mapped class as the ORM would have loaded them.
+"""From what triggers have stored back to rows: the values that the ORM would have loaded.
 
 Owns the way back of `capture`: each value's text is converted by the same steps as one that arrives in a query (the
-type that the column has in the database, the driver's typecaster, SQLAlchemy's result processor), and the object is
-built as a loaded, detached one. Never adds anything to a session, never calls `__init__`, never fails a bundle for one
-row.
+type that the column has in the database, the driver's typecaster, SQLAlchemy's result processor). The objects are built
+by `instances`. Never fails a bundle for one row.
 
 Most values are converted here, without a round trip. Types whose text depends on the session's settings, or that only
 Postgres can read, go through one statement for the whole bundle.
@@ -18,18 +17,16 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from celery.exceptions import SoftTimeLimitExceeded
-from sqlalchemy import Column, Connection, Dialect, Table, literal_column, select, text
-from sqlalchemy.engine.result import IteratorResult, SimpleResultMetaData
+from sqlalchemy import Connection, Dialect, Table, literal_column, select, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Mapper, class_mapper
-from sqlalchemy.orm.attributes import instance_state
 
-from pgpubsub_celery.channels import TriggerChannel, table_of
+from pgpubsub_celery.channels import TriggerChannel
 from pgpubsub_celery.errors import DecodeError
+from pgpubsub_celery.instances import Processor, builder_of
 from pgpubsub_celery.schema import quote_identifier
 
 SHAPE_SECONDS = 60.0
@@ -62,7 +59,7 @@ class _Bundle:
         self._channel = channel
         self._payloads = payloads
         self._connection = connection
-        self._reader = _reader_of(channel)
+        self._builder = builder_of(channel)
 
     def decode(self) -> list[Change | DecodeError]:
         changes: list[tuple[_Texts | None, _Texts | None] | DecodeError] = []
@@ -110,11 +107,11 @@ class _Bundle:
         return [one if isinstance(one, DecodeError) else self._build(one) for one in found]
 
     def _shape(self, *, renew: bool = False) -> tuple[_Shape, bool]:
-        return _shape_of(self._connection, self._reader.table, renew=renew)
+        return _shape_of(self._connection, self._builder.table, renew=renew)
 
     def _build(self, values: Mapping[str, Any]) -> Any:
         try:
-            return self._reader.build(values)
+            return self._builder.build(values)
         except Exception as exc:  # noqa: BLE001 - what the application does when an object is loaded may raise anything
             return self._error(exc, None, None)
 
@@ -122,7 +119,7 @@ class _Bundle:
 
     def _convert(self, shape: _Shape, texts: Sequence[_Texts]) -> list[dict[str, Any] | DecodeError]:
         if not shape.columns:
-            name = self._reader.table.fullname
+            name = self._builder.table.fullname
             return [DecodeError(f"{self._channel.name()}: there is no table {name} any more.") for _ in texts]
         local, remote = self._split(shape, texts)
         found: list[dict[str, Any] | DecodeError] = []
@@ -135,18 +132,18 @@ class _Bundle:
 
     def _split(self, shape: _Shape, texts: Sequence[_Texts]) -> tuple[list[_Local], list[str]]:
         """Which columns are converted here, and which by Postgres: what the model and the table both have."""
-        names = {name for one in texts for name in one if name in self._reader.columns and name in shape.columns}
+        names = {name for one in texts for name in one if name in self._builder.columns and name in shape.columns}
         session = _session_facts(self._connection)
         local: list[_Local] = []
         remote: list[str] = []
         for name in sorted(names):
-            column, found = self._reader.columns[name], shape.columns[name]
+            column, found = self._builder.columns[name], shape.columns[name]
             if found.is_virtual:
                 continue  # transition tables have no values for these
-            if session is None or column.name in self._reader.expressions or not found.settings <= session:
+            if session is None or column.name in self._builder.expressions or not found.settings <= session:
                 remote.append(name)
             else:
-                local.append(_Local(name, found, self._reader.processor(name, self._connection.dialect, found.oid)))
+                local.append(_Local(name, found, self._builder.processor(name, self._connection.dialect, found.oid)))
         return local, remote
 
     def _convert_here(self, cursor: Any, local: Sequence[_Local], texts: _Texts) -> dict[str, Any] | DecodeError:
@@ -202,7 +199,7 @@ class _Bundle:
     def _select(self, shape: _Shape, names: Sequence[str], texts: Sequence[_Texts]) -> Sequence[Sequence[Any]]:
         """Have Postgres convert the texts, and the driver and SQLAlchemy load them, as in any query."""
         columns = [
-            literal_column(_cast(position, shape.columns[name].type), self._reader.columns[name].type).label(
+            literal_column(_cast(position, shape.columns[name].type), self._builder.columns[name].type).label(
                 f"c{position}"
             )
             for position, name in enumerate(names)
@@ -228,8 +225,8 @@ class _Bundle:
             why = str(exc)
         name = self._channel.name()
         if column is None or found is None:
-            return DecodeError(f"{name}: a row cannot be read as {self._reader.model_name} ({why}).")
-        wanted = self._reader.columns[column].type
+            return DecodeError(f"{name}: a row cannot be read as {self._builder.model_name} ({why}).")
+        wanted = self._builder.columns[column].type
         return DecodeError(
             f"{name}: the value of the column {column!r}, which is of the type {found.type} in the database, cannot be "
             f"read as {wanted!r} ({why}). Was the column altered since the value was stored?"
@@ -238,7 +235,6 @@ class _Bundle:
 
 _Texts = Mapping[str, "str | None"]
 """A stored row: columns and Postgres's text for their values."""
-_Processor = Callable[[Any], Any]
 
 
 def _cast(position: int, type_name: str) -> str:
@@ -283,7 +279,7 @@ class _Shape:
 class _Local:
     name: str
     found: _DatabaseColumn
-    process: _Processor | None
+    process: Processor | None
 
 
 _shapes: weakref.WeakKeyDictionary[Dialect, dict[tuple[str | None, str], _Shape]] = weakref.WeakKeyDictionary()
@@ -363,124 +359,3 @@ def _session_facts(connection: Connection) -> frozenset[str] | None:
     if raw.get_parameter_status("IntervalStyle") == "postgres":
         facts.add(_INTERVALS)
     return frozenset(facts)
-
-
-# Rows
-
-
-class _Reader:
-    """What is known of a channel's model."""
-
-    def __init__(self, table: Table, model_name: str) -> None:
-        self.table = table
-        self.model_name = model_name
-        self.columns: dict[str, Column[Any]] = {str(column.name): column for column in table.columns}
-        self.expressions = {
-            name
-            for name, column in self.columns.items()
-            if column.type._has_column_expression  # noqa: SLF001 - SQLAlchemy's own test
-        }
-        """Columns that SQLAlchemy selects through a function of their type."""
-        self._processors: weakref.WeakKeyDictionary[Dialect, dict[tuple[str, int], _Processor | None]] = (
-            weakref.WeakKeyDictionary()
-        )
-
-    def processor(self, name: str, dialect: Dialect, oid: int) -> _Processor | None:
-        """Return what SQLAlchemy makes of the driver's values of a column, None when it takes them as they are."""
-        known = self._processors.setdefault(dialect, {})
-        if (name, oid) not in known:
-            known[name, oid] = self.columns[name].type.dialect_impl(dialect).result_processor(dialect, oid)
-        return known[name, oid]
-
-    def build(self, values: Mapping[str, Any]) -> Any:
-        """Return the row with these values by column."""
-        raise NotImplementedError
-
-
-class _TableReader(_Reader):
-    """Of a Core table: rows as a SELECT of its stored columns would return them."""
-
-    def __init__(self, table: Table, model_name: str) -> None:
-        super().__init__(table, model_name)
-        self._metadata: dict[tuple[str, ...], SimpleResultMetaData] = {}
-
-    def build(self, values: Mapping[str, Any]) -> Any:
-        names = tuple(name for name in self.columns if name in values)
-        metadata = self._metadata.get(names)
-        if metadata is None:
-            columns = [self.columns[name] for name in names]
-            metadata = SimpleResultMetaData([column.key for column in columns], extra=[(column,) for column in columns])
-            self._metadata[names] = metadata
-        return IteratorResult(metadata, iter([tuple(values[name] for name in names)])).one()
-
-
-class _ModelReader(_Reader):
-    """Of a mapped class: loaded, detached instances of it, or of the subclass that the row says it is."""
-
-    def __init__(self, table: Table, mapper: Mapper[Any]) -> None:
-        super().__init__(table, mapper.class_.__name__)
-        self._mapper = mapper
-        on = mapper.polymorphic_on
-        self._discriminator = str(on.name) if isinstance(on, Column) and on.table is table else None
-        self._plans: dict[Mapper[Any], _Plan] = {}
-
-    def build(self, values: Mapping[str, Any]) -> Any:
-        mapper = self._mapper
-        if self._discriminator is not None:
-            identity = values.get(self._discriminator)
-            if identity is not None and identity not in mapper.polymorphic_map:
-                raise DecodeError(f"no class has the polymorphic identity {identity!r}")
-            if identity is not None:
-                mapper = mapper.polymorphic_map[identity]
-        plan = self._plans.get(mapper)
-        if plan is None:
-            plan = self._plans[mapper] = _plan(mapper, self.table)
-        instance = mapper.class_manager.new_instance()
-        state = instance_state(instance)
-        loaded = state.dict
-        for key, name in plan.attributes:
-            if name in values:
-                loaded[key] = values[name]
-        if all(key in loaded for key in plan.primary_key):
-            state.key = mapper.identity_key_from_primary_key(tuple(loaded[key] for key in plan.primary_key))
-        state.expired_attributes.update(plan.columns - loaded.keys())
-        # As after each load: mutable values and composites are tied to the instance, @reconstructor runs.
-        state.manager.dispatch.load(state, None)
-        return instance
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    attributes: Sequence[tuple[str, str]]
-    """Attributes and the columns of the table that they map."""
-    columns: frozenset[str]
-    """All attributes that are loaded from columns, of other tables and expressions too."""
-    primary_key: Sequence[str]
-
-
-def _plan(mapper: Mapper[Any], table: Table) -> _Plan:
-    attributes = [
-        (attribute.key, str(column.name))
-        for attribute in mapper.column_attrs
-        for column in attribute.columns
-        if isinstance(column, Column) and column.table is table
-    ]
-    return _Plan(
-        attributes=attributes,
-        columns=frozenset(attribute.key for attribute in mapper.column_attrs),
-        primary_key=[mapper.get_property_by_column(column).key for column in mapper.primary_key],
-    )
-
-
-_readers: weakref.WeakKeyDictionary[type[TriggerChannel[Any]], _Reader] = weakref.WeakKeyDictionary()
-"""Written by whichever thread comes first; a second one writes the same."""
-
-
-def _reader_of(channel: type[TriggerChannel[Any]]) -> _Reader:
-    reader = _readers.get(channel)
-    if reader is None:
-        table = table_of(channel)
-        model = channel.model
-        reader = _TableReader(table, "a row") if isinstance(model, Table) else _ModelReader(table, class_mapper(model))
-        _readers[channel] = reader
-    return reader

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Column, Table, inspect
 from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.sql import ClauseElement, literal
+from sqlalchemy.sql import ClauseElement, literal, visitors
+from sqlalchemy.sql.elements import BindParameter
 from sqlalchemy.sql.util import ClauseAdapter
 
 from pgpubsub_celery.capture import SIDES, TRANSITION, Capture, Predicate, dollar_quoted, without_virtual
@@ -253,7 +254,11 @@ END"""
 def _capture(
     channel: type[TriggerChannel[Any]], table: Table, operation: str, listeners: Sequence[Listener], schema: str
 ) -> Capture:
-    predicates = [_predicate(channel, table, operation, listener) for listener in listeners]
+    # In an order of their own: that of the declarations depends on which module was imported first.
+    predicates = sorted(
+        (one for listener in listeners if (one := _predicate(channel, table, operation, listener)) is not None),
+        key=lambda predicate: predicate.names,
+    )
     return Capture(
         schema=schema,
         operation=operation,
@@ -265,8 +270,8 @@ def _capture(
             for column in captured_columns(channel)
             if column.computed is None or column.computed.persisted is not False
         ),
-        listeners=len(listeners),
-        predicates=tuple(predicate for predicate in predicates if predicate is not None),
+        everybody_has_predicates=len(predicates) == len(listeners),
+        predicates=tuple(predicates),
         kind=_kind(channel, table),
     )
 
@@ -317,11 +322,17 @@ def _condition(table: Table, operation: str, listener: Listener) -> str:
             "or an SQLAlchemy expression."
         )
     alias = table.alias("old" if operation == "delete" else "new")
+    for part in visitors.iterate(given):
+        if isinstance(part, BindParameter) and part.required:
+            raise ListenerError(
+                f"{listener.name}: the condition {given} has the parameter {part.key!r}, which nobody would give: "
+                "write the value itself."
+            )
     try:
         return _compile(ClauseAdapter(alias).traverse(given))
     except SQLAlchemyError as exc:
         raise ListenerError(
-            f"{listener.name}: the condition {given} cannot be written as SQL without parameters: {exc}"
+            f"{listener.name}: the condition {given} cannot be written as SQL with its values: {exc}"
         ) from exc
 
 

@@ -225,7 +225,7 @@ TYPES: dict[str, tuple[Any, list[Any]]] = {
     "arrays as tuples": (PG_ARRAY(Text, as_tuple=True), [["a"]]),
     "arrays of numerics": (ARRAY(Numeric), [[decimal.Decimal("1.50"), None]]),
     "arrays of timestamps": (ARRAY(DateTime(timezone=True)), [[datetime.datetime(2026, 7, 3, tzinfo=UTC)]]),
-    "arrays of enumerations": (ARRAY(Enum(Color)), [[Color.RED, None]]),
+    "arrays of enumerations": (ARRAY(Enum(Color)), [[Color.RED, Color.BLUE], []]),
     "arrays of json": (ARRAY(JSONB), [[{"a": [1, "}"]}, None]]),
     "addresses": (INET, ["10.0.0.1", "10.1.2.3/8", "::1"]),
     "networks": (CIDR, ["10.0.0.0/8"]),
