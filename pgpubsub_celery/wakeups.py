@@ -14,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import select
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 import psycopg2
@@ -51,7 +51,7 @@ def bridge_engine(url: URL) -> Engine:
 
 
 class Stopping(Protocol):
-    """What tells the bridge to stop: an event that select() can wait for."""
+    """What tells the bridge to stop: an event that can be waited for together with sockets."""
 
     def is_set(self) -> bool:
         """Whether to stop."""
@@ -61,10 +61,10 @@ class Stopping(Protocol):
 
 
 class Link:
-    """The two connections of one bridge: one listens and holds presence, the other claims and holds the doors.
+    """The two connections of one bridge: one listens, rings and holds all locks, the other claims.
 
-    Both live and die together. Losing either loses its locks; the bridge then closes both, reconnects and starts
-    awake, which is always safe.
+    All that lasts longer than a statement is on the first, so that the other may go through a pooler. They live and die
+    together: when either is lost the bridge closes both, reconnects and starts awake, which is always safe.
     """
 
     def __init__(self, engine: Engine, listen_engine: Engine, schema: str) -> None:
@@ -75,15 +75,16 @@ class Link:
         except BaseException:
             self.claims.close()
             raise
-        self._pid: int = self.claims.connection.driver_connection.info.backend_pid  # type: ignore[union-attr]
+        self._pid: int = _driver(self._listens).info.backend_pid
         self._kept: set[str] = set()
         self._closed: set[str] = set()
 
     def close(self) -> None:
         """Close both connections, whatever state they are in."""
         for connection in (self._listens, self.claims):
-            connection.invalidate()
-            connection.close()
+            if not connection.closed:
+                connection.invalidate()
+                connection.close()
 
     def __enter__(self) -> Link:
         return self
@@ -100,17 +101,7 @@ class Link:
 
     def require_installed(self, version: int) -> Any:
         """Return the installation's id; NotInstalledError names the command to run."""
-        if self.claims.execute(text("SELECT to_regclass(:table)"), {"table": self.names.installation}).scalar() is None:
-            raise NotInstalledError(
-                f"The database has no table {self.names.installation}: run `pgpubsub-bridge -A your.app install`."
-            )
-        row = self.claims.execute(text(f"SELECT id, version FROM {self.names.installation}")).first()
-        if row is None or row.version < version:
-            raise NotInstalledError(
-                f"The database has version {row.version if row else 0} of the schema, this release needs {version}: "
-                "run `pgpubsub-bridge -A your.app install`."
-            )
-        return row.id
+        return require_installed(self.claims, self.names.schema, version)
 
     # LISTEN
 
@@ -120,19 +111,25 @@ class Link:
             self._listens.execute(text(f"LISTEN {quote_identifier(name)}"))
 
     def wait(self, seconds: float, stopping: Stopping) -> None:
-        """Return when a NOTIFY has come, a stop is asked for, the connection breaks, or after `seconds`."""
-        connection: Any = self._listens.connection.driver_connection
-        if connection.notifies:
-            return
+        """Return when a NOTIFY has come, a stop is asked for, either connection ends, or after `seconds`.
+
+        Raises:
+            ConnectionLostError: a connection is gone. When it goes during the wait, its next use may be what raises.
+        """
         with _noticing_loss():
-            # A lost connection makes the socket readable; poll() then raises.
-            select.select([connection.fileno(), stopping.fileno()], [], [], max(0.0, seconds))
-            connection.poll()
+            connections = _driver(self._listens), _driver(self.claims)
+            if connections[0].notifies:
+                return
+            # What ends a connection makes its socket readable. Asleep, nobody would notice it otherwise.
+            sockets = {connection.fileno(): connection for connection in connections}
+            for readable in wait([*sockets, stopping.fileno()], max(0.0, seconds)):
+                if readable in sockets:
+                    sockets[readable].poll()
 
     def rung(self) -> list[Any]:
         """Return the notifies that have come from others, as psycopg2's Notify."""
-        connection: Any = self._listens.connection.driver_connection
         with _noticing_loss():
+            connection = _driver(self._listens)
             connection.poll()
         notifies = [notify for notify in connection.notifies if notify.pid != self._pid]
         connection.notifies.clear()
@@ -140,8 +137,10 @@ class Link:
 
     def ring(self, listen_names: Sequence[str]) -> None:
         """Ring other bridges."""
-        for name in listen_names:
-            self.claims.execute(text("SELECT pg_notify(:name, '')"), {"name": name})
+        self._listens.execute(
+            text("SELECT pg_notify(name, '') FROM unnest(CAST(:names AS text[])) AS name"),
+            {"names": list(listen_names)},
+        )
 
     # Presence: who is alive for a channel
 
@@ -174,20 +173,18 @@ class Link:
         """Try to close the doors; whether all are. Never waits: a waiting SELECT would hold a snapshot."""
         wanted = sorted(self._kept - self._closed)
         if wanted:
-            granted = self._locks("pg_try_advisory_lock", "door", wanted, on=self.claims)
+            granted = self._locks("pg_try_advisory_lock", "door", wanted)
             self._closed.update(channel for channel, lock in granted.items() if lock)
         return self.asleep
 
     def open_doors(self) -> None:
         """Let writers register silently again."""
         if self._closed:
-            self._locks("pg_advisory_unlock", "door", sorted(self._closed), on=self.claims)
+            self._locks("pg_advisory_unlock", "door", sorted(self._closed))
             self._closed.clear()
 
-    def _locks(
-        self, function: str, purpose: str, channels: Sequence[str], *, on: Connection | None = None
-    ) -> dict[str, Any]:
-        rows = (on or self._listens).execute(
+    def _locks(self, function: str, purpose: str, channels: Sequence[str]) -> dict[str, Any]:
+        rows = self._listens.execute(
             text(
                 f"SELECT c AS channel, {function}({self.names.prefix}pgpubsub_lock_key(:purpose, c)) AS granted "
                 "FROM unnest(CAST(:channels AS text[])) AS c"
@@ -197,12 +194,31 @@ class Link:
         return {row.channel: row.granted for row in rows}
 
 
+def require_installed(connection: Connection, schema: str, version: int) -> Any:
+    """Return the installation's id; NotInstalledError names the command to run."""
+    table = Names(schema).installation
+    if connection.execute(text("SELECT to_regclass(:table)"), {"table": table}).scalar() is None:
+        raise NotInstalledError(f"The database has no table {table}: run `pgpubsub-bridge -A your.app install`.")
+    row = connection.execute(text(f"SELECT id, version FROM {table}")).first()
+    if row is None or row.version < version:
+        raise NotInstalledError(
+            f"The database has version {row.version if row else 0} of the schema, this release needs {version}: "
+            "run `pgpubsub-bridge -A your.app install`."
+        )
+    return row.id
+
+
+def _driver(connection: Connection) -> Any:
+    """Return psycopg2's connection."""
+    return connection.connection.driver_connection
+
+
 @contextlib.contextmanager
 def _noticing_loss() -> Iterator[None]:
     """Translate what the driver raises outside of a statement, when the connection is gone."""
     try:
         yield
-    except (psycopg2.Error, OSError, ValueError) as exc:  # ValueError: select() on a closed connection's -1
+    except (psycopg2.Error, OSError, ValueError) as exc:  # ValueError: waiting for a closed connection's -1
         raise ConnectionLostError(f"The listening connection is lost: {exc}") from exc
 
 
@@ -229,7 +245,7 @@ class Assembler:
                 return None
             del self._parts[id]
             return self._loads("".join(parts[i] for i in range(1, int(count) + 1)))
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, RecursionError):  # any role may NOTIFY, and send what it likes
             logger.warning(
                 "A NOTIFY of %s characters on one of our channels is not one of our messages; ignored", len(payload)
             )
