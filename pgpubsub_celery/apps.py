@@ -30,14 +30,18 @@ def load_app(path: str) -> Celery:
     try:
         app = find_app(path, imp=import_from_cwd)
     except AttributeError as exc:
+        if _frames(exc):
+            raise AppError(f"-A {path!r} does not import: {_cause(exc)}") from exc
         raise AppError(
-            f"-A {path!r}: {exc}: name the module that holds your Celery application, for example 'blog.celery_app', or "
+            f"-A {path!r}: {exc}: name the module that holds your Celery application, for example "
+            "'blog.celery_app', or "
             "'blog.celery_app:app'."
         ) from exc
     except ModuleNotFoundError as exc:
         if exc.name is not None and (path == exc.name or path.startswith((exc.name + ".", exc.name + ":"))):
             raise AppError(
-                f"-A {path!r}: there is no module {exc.name!r} here ({os.getcwd()}): name the module that holds your Celery "
+                f"-A {path!r}: there is no module {exc.name!r} here ({os.getcwd()}): name the module that holds "
+                "your Celery "
                 "application, for example 'blog.celery_app', and run this where it can be imported."
             ) from exc
         raise AppError(f"-A {path!r} does not import: {_cause(exc)}") from exc
@@ -57,10 +61,15 @@ def load_app(path: str) -> Celery:
 def _cause(exc: BaseException) -> str:
     """Return the error and the last line of the user's code that it came from."""
     text = f"{type(exc).__name__}: {exc}"
+    frames = _frames(exc)
+    return f"{text} ({frames[-1].filename}:{frames[-1].lineno})" if frames else text
+
+
+def _frames(exc: BaseException) -> list[traceback.FrameSummary]:
+    """Return where the error passed through the user's code."""
     libraries = (os.sep + "site-packages" + os.sep, str(Path(os.__file__).parent) + os.sep, str(Path(__file__).parent))
-    frames = [
+    return [
         frame
         for frame in traceback.extract_tb(exc.__traceback__)
         if not frame.filename.startswith("<") and not any(library in frame.filename for library in libraries)
     ]
-    return f"{text} ({frames[-1].filename}:{frames[-1].lineno})" if frames else text

@@ -48,7 +48,8 @@ BUSY_MOMENT = 0.05
 """Seconds between two looks, at most, while a writer's open transaction keeps the door from closing."""
 
 FULL_MOMENT = 1.0
-"""Seconds between two looks, at most, while all that is due is in flight, or locked by a run that outlives its lease."""
+"""Seconds between two looks, at most, while all that is due is in flight, or locked by a run that outlives its
+lease."""
 
 RINGS_UNDER_LOAD = 50
 """Rings in a second of sleep above which the bridge stays awake, so that writers need not ring."""
@@ -166,7 +167,8 @@ class Bridge:
             link.announce(channel.name(), first=first)
         if held:
             logger.info(
-                "held %d notification(s) stored before this: `listen --recover` (or `pgpubsub-bridge retry --state held`) "
+                "held %d notification(s) stored before this: `listen --recover` (or `pgpubsub-bridge retry "
+                "--state held`) "
                 "takes them",
                 held,
             )
@@ -354,8 +356,8 @@ class _Watch:
         if not self._link.asleep:
             if self._empty < EMPTY_CLAIMS_BEFORE_SLEEP:
                 return MOMENT
-            # Whoever was registered has committed once the doors are closed: one more look, and sleep. While some writer
-            # is still registered, silently, look again soon.
+            # Whoever was registered has committed once the doors are closed: one more look, and sleep. While some
+            # writer is still registered, silently, look again soon.
             return 0.0 if self._link.close_doors() else self._doubling(BUSY_MOMENT)
         waits = [self._sweep_at - time.monotonic()]
         due = None if looked.limited else self._bridge.next_due(self._link, self._listeners)

@@ -32,7 +32,7 @@ from pgpubsub_celery.listeners import Listener
 from pgpubsub_celery.messages import KEYWORD, Envelope, notification_task_id
 from pgpubsub_celery.payload import decode_message
 from pgpubsub_celery.rows import decode_rows
-from pgpubsub_celery.runs import DONE, FAILED, RELEASED, RETRY, Run
+from pgpubsub_celery.runs import DONE, FAILED, RETRY, Run
 from pgpubsub_celery.runtime import Runtime
 from pgpubsub_celery.store import Taken
 
@@ -360,7 +360,8 @@ class _Acknowledged:
         deleted = self._delivery.store.acknowledge_owned(session.connection(), self._row.id, self._owner)
         if not deleted:
             raise LeaseLostError(
-                f"Notification {self._row.id} is no longer this worker's: its lease ran out and it was given to another. "
+                f"Notification {self._row.id} is no longer this worker's: its lease ran out and it was given to "
+                "another. "
                 "Roll back; the other one does the work."
             )
         self.asked = True

@@ -1,8 +1,8 @@
 """From claimed rows to published messages, and back to the rows: build, publish, settle.
 
-Owns what a bridge does with what it has claimed, and with messages that are not stored. Rows whose message the broker has
-not confirmed are given back; those that can never be published are failed, and hold nobody up. Never claims and never
-waits.
+Owns what a bridge does with what it has claimed, and with messages that are not stored. Rows whose message the broker
+has not confirmed are given back; those that can never be published are failed, and hold nobody up. Never claims and
+never waits.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class Dispatcher:
             # If we die after this, the messages are out and the lease stands: nothing is left to do but for `goes`,
             # whose rows come again and are published twice.
             outcomes = self._broker.publish(publications)
-        except BaseException as exc:
+        except BaseException:
             self._store.release_unpublished(connection, [(row.id, row.dispatches) for row in claimed])
-            raise exc
+            raise
         return self._settle(connection, speaks_for, goes, outcomes)
 
     def dispatch_unstored(self, message: Mapping[str, Any], channels: Sequence[type[Channel]]) -> BaseException | None:
@@ -142,7 +142,7 @@ class Dispatcher:
 def _publish_notifications(message: Message, app: Celery, producer: Producer) -> None:
     task = app.tasks[message.task]
     count = len(message.envelope.ids or message.envelope.carried)
-    options = {name: value for name, value in task._get_exec_options().items() if value is not None}
+    options = {name: value for name, value in task._get_exec_options().items() if value is not None}  # noqa: SLF001
     # As the task's apply_async does, but for task_always_eager, which is for tests of the writer's process.
     app.send_task(
         task.name,

@@ -34,7 +34,8 @@ SLOW_BUNDLE = 10
 """Times `bundle_target` after which a bundle commits what is done and gives the rest back."""
 
 SETTLE_LOCK_TIMEOUT = "5s"
-"""How long rows given back wait for a backend that has not noticed that its client is gone; then their lease decides."""
+"""How long rows given back wait for a backend that has not noticed that its client is gone; then their lease
+decides."""
 
 # A savepoint cures these; the others end the transaction.
 _CURABLE = {"40P01": "deadlock", "55P03": "lock not available"}
@@ -112,8 +113,8 @@ class LockedDelivery(Delivery):
     def _settle_apart(self, each: Sequence[Run], left: Sequence[int], number: int = 0) -> None:
         """After transaction `number` was lost, which can have been committed all the same, by a listener or in time.
 
-        Then what was done is acknowledged. Else its effects are gone, so it is given back and comes again, alone. Only rows
-        that are still there as we took them are changed, after waiting for a commit that is still under way.
+        Then what was done is acknowledged. Else its effects are gone, so it is given back and comes again, alone.
+        Only rows that are still there as we took them are changed, after waiting for a commit that is still under way.
         """
         if not each and not left:
             return
@@ -132,7 +133,6 @@ class LockedDelivery(Delivery):
         except DBAPIError as exc:
             logger.warning("Giving notifications back failed; their lease does it: %s", exc.orig)
 
-
     def _blame_pauses(self, connection: Connection, each: Sequence[Run]) -> None:
         """A listener that pauses for too long inside its transaction loses its connection, and would the next time."""
         lost = [run for run in each if isinstance(run.error, DBAPIError) and run.error.connection_invalidated]
@@ -143,7 +143,8 @@ class LockedDelivery(Delivery):
             if timeout and run.seconds >= timeout:
                 run.outcome = FAILED
                 run.error = TransactionEndedError(
-                    f"The listener's connection was lost after {run.seconds:.1f} s, with idle_in_transaction_session_timeout at "
+                    f"The listener's connection was lost after {run.seconds:.1f} s, with "
+                    "idle_in_transaction_session_timeout at "
                     f"{timeout:g} s: do slow work in a listener without `session`, or raise the timeout."
                 )
 
@@ -245,7 +246,9 @@ class _Chunk:
             self._transaction.commit()
         except (TransactionEndedError, DBAPIError) as exc:
             # Refused, or lost with an unknown outcome: the rows' presence is the truth.
-            logger.warning("A transaction of %d notification(s) was not committed: %s", len(self.runs), runs.one_line(exc))
+            logger.warning(
+                "A transaction of %d notification(s) was not committed: %s", len(self.runs), runs.one_line(exc)
+            )
             return False
         return True
 

@@ -41,7 +41,8 @@ RELEASED = "released"
 class Acknowledging(Protocol):
     """Acknowledges a run in a transaction of its listener's."""
 
-    def __call__(self, session: Session) -> None: ...
+    def __call__(self, session: Session) -> None:
+        """Do so."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,6 +189,7 @@ class _RetryRecord:
         self._options = options
 
     def apply_async(self) -> None:
+        """Keep what was asked for."""
         self._run.retry_options = {name: self._options.get(name) for name in ("retries", "countdown", "eta")}
 
 
@@ -203,11 +205,13 @@ def one_line(error: BaseException) -> str:
 
 def render_traceback(error: BaseException) -> str:
     """Return the traceback as text: no locals, and no parameters of SQL statements."""
-    cause = error
-    while cause is not None:
+    cause: BaseException | None = error
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
         if isinstance(cause, StatementError):
             cause.hide_parameters = True
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)  # type: ignore[assignment]
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return "".join(traceback.format_exception(type(error), error, error.__traceback__))
 
 

@@ -105,12 +105,14 @@ class ListenerTask(Task):  # type: ignore[misc]  # celery has no types
         return super().replace(sig)
 
 
-@signals.task_unknown.connect(weak=False)
 def _on_unknown(sender: Any = None, message: Any = None, **_: Any) -> None:
     # Imported late: it brings Celery's worker, which writers have no use for.
     from pgpubsub_celery.requests import give_back_unknown
 
     give_back_unknown(sender, message)
+
+
+signals.task_unknown.connect(_on_unknown, weak=False)
 
 
 @contextlib.contextmanager
@@ -210,7 +212,7 @@ def _make_task(function: Callable[..., Any], listener: Listener, app: Celery | N
     def create(application: Celery) -> Any:
         base = options.get("base") or application.Task
         defaults = dict(application.conf.get("pgpubsub_task_options") or {})
-        task = application._task_from_fun(
+        task = application._task_from_fun(  # noqa: SLF001 - what app.task and shared_task do
             function,
             **{**defaults, **options, "base": type(base.__name__, (ListenerTask, base), {"abstract": True})},
         )
@@ -226,7 +228,7 @@ def _make_task(function: Callable[..., Any], listener: Listener, app: Celery | N
         return create(app)
     # As celery.shared_task: every application, finalized already or later, gets a copy of its own.
     _state.connect_on_app_finalize(create)
-    for application in list(_state._get_active_apps()):
+    for application in list(_state._get_active_apps()):  # noqa: SLF001 - as shared_task does
         if application.finalized:
             create(application)
     return Proxy(lambda: _state.get_current_app().tasks[listener.name])

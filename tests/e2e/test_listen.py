@@ -276,12 +276,14 @@ def store_before(database: Engine) -> None:
     with database.begin() as connection:
         connection.execute(
             text(
-                "UPDATE pgpubsub_notification SET state = 'failed', available_at = NULL, failed_at = now(), error = 'x', "
-                "dispatches = 1 WHERE payload->>'number' = '2'"
+                "UPDATE pgpubsub_notification SET state = 'failed', available_at = NULL, failed_at = now(), "
+                "error = 'x', dispatches = 1 WHERE payload->>'number' = '2'"
             )
         )
         connection.execute(
-            text("UPDATE pgpubsub_notification SET available_at = now() + interval '2 s' WHERE payload->>'number' = '3'")
+            text(
+                "UPDATE pgpubsub_notification SET available_at = now() + interval '2 s' WHERE payload->>'number' = '3'"
+            )
         )
 
 
@@ -390,8 +392,9 @@ def test_a_notification_that_nobody_rang_for_is_found_by_the_sweep(shop: Shop, d
     with database.begin() as connection:
         connection.execute(
             text(
-                "INSERT INTO pgpubsub_notification (channel, subscription, operation, payload) SELECT channel, id, 'message', "
-                "'{\"number\": 1}' FROM pgpubsub_subscription WHERE channel = 'tests.fixtures.shop.Order'"
+                "INSERT INTO pgpubsub_notification (channel, subscription, operation, payload) "
+                "SELECT channel, id, 'message', '{\"number\": 1}' FROM pgpubsub_subscription "
+                "WHERE channel = 'tests.fixtures.shop.Order'"
             )
         )
     all_done(database, {("order", 1): 1})
@@ -444,7 +447,9 @@ def test_lost_connections_to_postgres_are_said_once_and_made_anew(shop: Shop, da
     for number in range(3):
         with database.begin() as connection:
             connection.execute(
-                text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'pgpubsub-bridge'")
+                text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'pgpubsub-bridge'"
+                )
             )
         emit(database, app.Order(number=number))
         bridge.wait_for("listening to", count=number + 2)
@@ -501,7 +506,7 @@ def test_a_killed_pool_process_gives_its_notifications_back_at_once(shop: Shop, 
 
 def test_a_killed_worker_is_recovered_from_by_the_lease(shop: Shop, database: Engine) -> None:
     """All of it is gone; another worker has the notification after its lease."""
-    lease = {"PGPUBSUB_LEASE": "3", "PGPUBSUB_HEARTBEAT_INTERVAL": "1"}
+    lease: dict[str, Any] = {"PGPUBSUB_LEASE": "3", "PGPUBSUB_HEARTBEAT_INTERVAL": "1"}
     worker = shop.worker("--pool=prefork", "--concurrency=1", **lease)
     shop.bridge("--worker", **lease)
     emit(database, app.Call(number=1, seconds=60))
@@ -563,8 +568,19 @@ def test_nothing_of_the_environment_is_needed_but_the_urls(shop: Shop) -> None:
     """`--help` documents every option."""
     told = shop.run("listen", "--help").stdout
     for option in (
-        "--channels --processes --recover --loglevel --logformat --worker --no-restart-on-failure --worker-start-method "
-        "--poll-interval --batch-size --max-in-flight --drain-timeout --database-url"
-    ).split():
+        "--channels",
+        "--processes",
+        "--recover",
+        "--loglevel",
+        "--logformat",
+        "--worker",
+        "--no-restart-on-failure",
+        "--worker-start-method",
+        "--poll-interval",
+        "--batch-size",
+        "--max-in-flight",
+        "--drain-timeout",
+        "--database-url",
+    ):
         assert option in told
     assert Path(os.environ.get("HOME", "/")).exists()

@@ -507,7 +507,8 @@ def test_a_pause_too_long_for_the_server_is_the_listeners_failure(work: Work) ->
     work.deliveries.execute(f"ALTER DATABASE {database} SET idle_in_transaction_session_timeout = '50ms'")
 
     def do(task: Any, value: int, session: Session) -> None:
-        select.select([session.connection().connection.driver_connection], [], [], 30)
+        driver: Any = session.connection().connection.driver_connection
+        select.select([driver], [], [], 30)
         session.execute(text("SELECT 1"))
 
     work.do = do
@@ -849,8 +850,8 @@ def test_direct_calls_fill_in_a_session_that_commits(work: Work) -> None:
     """As an ordinary function: no row, an own transaction."""
     work.task(value=5)
     assert work.effects == [5]
+    work.do = _raise_after(work)
     with pytest.raises(ValueError, match="broken"):
-        work.do = _raise_after(work)
         work.task(value=6)
     assert work.effects == [5]
 

@@ -1,4 +1,4 @@
-"""Listeners without `session`: running under an owner token, no transaction open, at least once and never twice at a time."""
+"""Listeners without `session`: an owner token, no transaction open, at least once and never twice at a time."""
 
 from __future__ import annotations
 
