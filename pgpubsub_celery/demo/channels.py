@@ -39,3 +39,6 @@ class Misprint(Channel):
 
     lock_notifications = True
     page: int
+
+
+CHANNELS = (AuthorChanges, PostReads, Newsletter, Misprint)

@@ -69,6 +69,10 @@ class Blog:
                 raise PgPubSubError(f"The {name} did not start. Its log ends:\n{self.log_tail(name)}")
             time.sleep(0.02)
 
+    def pid(self, name: str) -> int:
+        """Return a process's id."""
+        return self._processes[name].pid
+
     def ended(self) -> list[str]:
         """Return which processes have ended, though nobody stopped them, and how."""
         return [
@@ -103,6 +107,7 @@ class Blog:
 def running() -> Iterator[Blog]:
     """Start everything in temporary folders; the database is installed, bridge and worker are ready."""
     from pgpubsub_celery.apps import load_app
+    from pgpubsub_celery.demo.channels import CHANNELS
     from pgpubsub_celery.demo.models import Base
     from pgpubsub_celery.migrations import install
 
@@ -120,7 +125,7 @@ def running() -> Iterator[Blog]:
         blog.start("worker", [*worker, "--without-gossip", "--without-mingle"])
         load_app(APP)
         Base.metadata.create_all(blog.engine)
-        install(blog.engine)
+        install(blog.engine, channels=CHANNELS)
         blog.start("bridge", ["pgpubsub_celery.cli", "-A", APP, "listen"])
         blog.wait_for("bridge", "listening to")
         blog.wait_for("worker", "ready.")
