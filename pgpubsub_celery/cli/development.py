@@ -15,17 +15,17 @@ import click
 from celery import Celery
 from kombu.exceptions import OperationalError
 from kombu.utils.url import maybe_sanitize_url
-from sqlalchemy import create_engine
+from sqlalchemy import Engine, create_engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
-from pgpubsub_celery import migrations
+from pgpubsub_celery import drift, migrations
 from pgpubsub_celery.channels import TriggerChannel, registered_channels, table_of
 from pgpubsub_celery.cli.context import State, app_option, open_engine
 from pgpubsub_celery.cli.demonstration import interruptible
 from pgpubsub_celery.cli.exit_codes import EXIT_FAILED
-from pgpubsub_celery.errors import PgPubSubError
 from pgpubsub_celery.runs import one_line
+from pgpubsub_celery.schema import Names
 from pgpubsub_celery.settings import Settings, sync_url
 
 LOOK_SECONDS = 0.2
@@ -113,24 +113,30 @@ def _broker(app: Celery, directory: Path, stack: contextlib.ExitStack) -> str:
 
 
 def _install(settings: Settings, *, create_tables: bool) -> None:
-    """Install; where a table is still missing, say so and wait until the user's migrations have made it."""
+    """Install; while tables are missing, say which and wait until the user's migrations have made them."""
     engine = open_engine(settings)
     if create_tables:
         for channel in registered_channels():
             if issubclass(channel, TriggerChannel):
                 table_of(channel).metadata.create_all(engine)
-    told = None
-    done: list[str] | None = None
-    while done is None:
-        try:
-            done = migrations.install(engine, schema=settings.schema)
-        except PgPubSubError as exc:
-            if str(exc) != told:
-                told = str(exc)
-                click.echo(f"{told} Waiting for that, or start this with --create-tables.", err=True)
-            time.sleep(1)
-    for line in done:
+    told: list[str] = []
+    while missing := _missing_tables(engine, Names(settings.schema)):
+        if missing != told:
+            told = missing
+            click.echo(
+                f"missing   {', '.join(missing)}: create them there, with your migrations, and this goes on; or start "
+                "it with --create-tables.",
+                err=True,
+            )
+        time.sleep(1)
+    for line in migrations.install(engine, schema=settings.schema):
         click.echo(f"install   {line}")
+
+
+def _missing_tables(engine: Engine, names: Names) -> list[str]:
+    with engine.connect() as connection:
+        tables = drift.definitions(names, registered_channels())
+        return [table for table in tables if drift.relation_of(connection, table) is None]
 
 
 @contextlib.contextmanager
