@@ -206,6 +206,19 @@ def test_a_generic_channel_is_used_through_a_subclass_with_types() -> None:
     assert registered_channels() == [DateCrate]
 
 
+def test_type_parameters_of_the_class_statement_are_found() -> None:
+    """As `class Box[Content](Channel)` has them since Python 3.12: no module knows their names."""
+    content: Any = TypeVar("Content")  # type: ignore[misc]
+    box: Any = dataclasses.dataclass(
+        type(
+            "Box",
+            (Channel,),
+            {"__module__": __name__, "__type_params__": (content,), "__annotations__": {"content": "list[Content]"}},
+        )
+    )
+    assert "Box.content has the type variable Content, which stands for nothing here" in refusal(lambda: box)
+
+
 def test_names_of_the_function_around_a_channel_are_found() -> None:
     """Although its annotations are text, and the function ends."""
 

@@ -314,6 +314,12 @@ def test_a_decimal_keeps_its_digits(text: str) -> None:
     assert value_through(decimal.Decimal, sent).as_tuple() == sent.as_tuple()
 
 
+def test_keys_that_look_the_same_are_all_kept() -> None:
+    """NaN is a key as often as one likes."""
+    sent = {decimal.Decimal("NaN"): 1, decimal.Decimal("NaN"): 2, decimal.Decimal(1): 3}
+    assert sameness(value_through(dict[decimal.Decimal, int], sent)) == sameness(sent)
+
+
 # Subclasses
 
 
