@@ -21,6 +21,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from pgpubsub_celery import Channel, NotificationInfo, TriggerChannel, channel_task, notify
 from pgpubsub_celery.broker import Broker
+from pgpubsub_celery.settings import sync_url
 from tests.chaos.steps import become, step
 
 # Short, so that what a dead worker had reserved comes again, besides what comes again by its lease.
@@ -228,7 +229,7 @@ def own_engine() -> Engine:
         _engine = (
             os.getpid(),
             create_engine(
-                os.environ["PGPUBSUB_DATABASE_URL"],
+                sync_url(os.environ["PGPUBSUB_DATABASE_URL"]),
                 pool_pre_ping=True,
                 connect_args={"application_name": "chaos-listener", "connect_timeout": 10},
             ),

@@ -24,6 +24,8 @@ from sqlalchemy import create_engine
 
 from pgpubsub_celery import install
 from pgpubsub_celery.embedded import EmbeddedPostgres, EmbeddedValkey
+from pgpubsub_celery.settings import sync_url
+from pgpubsub_celery.supervisor import EXIT_DRAIN_TIMEOUT
 from tests.chaos import app
 from tests.chaos.faults import WORKER, Killer
 from tests.chaos.proxy import FaultProxy
@@ -107,8 +109,9 @@ class Unit:
                 if self._asked_at is not None and time.monotonic() - self._asked_at > GRACE_SECONDS:
                     self._insist()
                 return
-            # Asked to end while it starts, it just ends; and it may have been asked and been killed, too.
-            if code not in (0, -signal.SIGKILL, -signal.SIGTERM):
+            # Asked to end while it starts, it just ends; it may have been asked and been killed, too; and what cannot
+            # finish its batch in time says so.
+            if code not in (0, -signal.SIGKILL, -signal.SIGTERM, EXIT_DRAIN_TIMEOUT):
                 self.endings.append(f"{self.name} ended with {code} after {time.monotonic() - self._started_at:.1f} s")
             self._chaos.say(f"{self.name} ended with {code}: starting it again")
             self._start()
@@ -397,7 +400,7 @@ class Chaos:
             return len(plain_missing(connection, self.wipes))
 
     def _install(self) -> None:
-        engine = create_engine(self.direct_url)
+        engine = create_engine(sync_url(self.direct_url))
         app.Base.metadata.create_all(engine)
         install(engine, channels=app.CHANNELS)
         engine.dispose()

@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from pgpubsub_celery import Channel, enqueue, notify, notify_many
+from pgpubsub_celery.settings import sync_url
 from tests.chaos import app
 
 # How often each is chosen.
@@ -51,7 +52,7 @@ class Writer(threading.Thread):
         self._may_emit = may_emit
         self._stopping = threading.Event()
         self._engine = create_engine(
-            url, pool_pre_ping=True, connect_args={"application_name": "chaos-writer", "connect_timeout": 10}
+            sync_url(url), pool_pre_ping=True, connect_args={"application_name": "chaos-writer", "connect_timeout": 10}
         )
         self.committed = 0
         """Notifications, as far as this writer knows."""
