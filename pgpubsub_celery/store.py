@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, TextClause, text
@@ -21,6 +22,10 @@ TRACEBACK_LIMIT = 20_000
 """Characters of a traceback that are kept; its end says most, so its middle goes."""
 ERROR_LIMIT = 2_000
 
+
+PATIENCE = (0.005, 0.02, 0.05, 0.1, 0.2)
+"""Seconds between attempts at rows that are as they should be, but locked: by another bridge's claim, for moments, or
+by a run, for long."""
 
 BOUND_SECONDS = 30.0
 """How long a drain may go without looking at everything once more."""
@@ -126,6 +131,7 @@ class Store:
         self._hold = _sql(_HOLD, n=n)
         self._recover = _sql(_RECOVER, n=n)
         self._prune_failed = _sql(_PRUNE_FAILED, n=n)
+        self._dispatched = _sql(_DISPATCHED, n=n)
         self._unpublished = _sql(_UNPUBLISHED, n=n)
         self._delete_published = _sql(_DELETE_PUBLISHED, n=n)
         self._count_start = _sql(_COUNT_START, n=n)
@@ -243,17 +249,47 @@ class Store:
     def release_unpublished(
         self, connection: Connection, claimed: Sequence[tuple[int, int]], *, delay: float = 0
     ) -> int:
-        """Give back rows, as (id, dispatches), whose message was not published or whose outcome is unknown."""
-        return connection.execute(
-            self._unpublished,
-            {"ids": [c[0] for c in claimed], "dispatches": [c[1] for c in claimed], "delay": delay},
-        ).rowcount
+        """Give back rows, as (id, dispatches), whose message was not published or whose outcome is unknown.
+
+        Rows that stay locked are left: their message has reached a worker after all.
+        """
+        return len(self._settle(connection, self._unpublished, claimed, delay=delay))
 
     def delete_published(self, connection: Connection, claimed: Sequence[tuple[int, int]]) -> int:
         """Acknowledge rows, as (id, dispatches), of channels whose rows go when the broker has confirmed."""
-        return connection.execute(
-            self._delete_published, {"ids": [c[0] for c in claimed], "dispatches": [c[1] for c in claimed]}
-        ).rowcount
+        return len(self._settle(connection, self._delete_published, claimed))
+
+    def _settle(
+        self, connection: Connection, statement: TextClause, claimed: Sequence[tuple[int, int]], **parameters: Any
+    ) -> list[int]:
+        dispatches = dict(claimed)
+
+        def attempt(ids: Sequence[int]) -> list[int]:
+            pairs = {"ids": list(ids), "dispatches": [dispatches[id] for id in ids]}
+            return list(connection.execute(statement, {**pairs, **parameters}).scalars())
+
+        return self._patiently(connection, dispatches, attempt)
+
+    def _patiently(
+        self, connection: Connection, dispatches: Mapping[int, int], attempt: Callable[[Sequence[int]], list[int]]
+    ) -> list[int]:
+        """Repeat an attempt that skips locked rows while some, of id to dispatches, are as they should be but locked.
+
+        A claim whose snapshot is older than another bridge's claim locks the rows that it then leaves to that one,
+        until it ends. Who took such a lock for a run would drop a message, and its rows would wait for their lease.
+        """
+        left, done = list(dispatches), []
+        for pause in (*PATIENCE, None):
+            done += attempt(left)
+            left = [id for id in left if id not in set(done)]
+            if not left or pause is None:
+                break
+            pairs = {"ids": left, "dispatches": [dispatches[id] for id in left]}
+            left = list(connection.execute(self._dispatched, pairs).scalars())
+            if not left:
+                break
+            time.sleep(pause)
+        return done
 
     # The worker, for listeners with `session`
 
@@ -262,15 +298,27 @@ class Store:
 
         The caller commits it before the run, so that a run that kills its worker is counted.
         """
-        return list(connection.execute(self._count_start, {"ids": list(ids), "dispatches": dispatches}).scalars())
+
+        def attempt(ids: Sequence[int]) -> list[int]:
+            parameters = {"ids": list(ids), "dispatches": dispatches}
+            return list(connection.execute(self._count_start, parameters).scalars())
+
+        return self._patiently(connection, dict.fromkeys(ids, dispatches), attempt)
 
     def take_locked(self, connection: Connection, ids: Sequence[int], dispatches: int) -> tuple[list[Taken], int]:
         """Lock and return the rows that are still this message's, and the id of the caller's transaction.
 
-        Rows gone, taken or locked are left out: a duplicate, or another's.
+        Rows gone, taken or locked for long are left out: a duplicate, or another's. READ COMMITTED.
         """
-        rows = connection.execute(self._take_locked, {"ids": list(ids), "dispatches": dispatches}).all()
-        return [_taken(row) for row in rows], (int(rows[0].transaction) if rows else 0)
+        rows: list[Any] = []
+
+        def attempt(ids: Sequence[int]) -> list[int]:
+            taken = connection.execute(self._take_locked, {"ids": list(ids), "dispatches": dispatches}).all()
+            rows.extend(taken)
+            return [row.id for row in taken]
+
+        self._patiently(connection, dict.fromkeys(ids, dispatches), attempt)
+        return _in_order(rows), (int(rows[0].transaction) if rows else 0)
 
     def acknowledge_locked(self, connection: Connection, ids: Sequence[int], transaction: int) -> int:
         """Delete finished rows in the transaction that locked them; return how many.
@@ -303,10 +351,16 @@ class Store:
         self, connection: Connection, ids: Sequence[int], dispatches: int, owner: uuid.UUID, lease: float
     ) -> list[Taken]:
         """Mark the rows that are still this message's as running under `owner`, and return them."""
-        rows = connection.execute(
-            self._take_owned, {"ids": list(ids), "dispatches": dispatches, "owner": str(owner), "lease": lease}
-        )
-        return sorted((_taken(row) for row in rows), key=lambda taken: taken.id)
+        rows: list[Any] = []
+
+        def attempt(ids: Sequence[int]) -> list[int]:
+            parameters = {"ids": list(ids), "dispatches": dispatches, "owner": str(owner), "lease": lease}
+            taken = connection.execute(self._take_owned, parameters).all()
+            rows.extend(taken)
+            return [row.id for row in taken]
+
+        self._patiently(connection, dict.fromkeys(ids, dispatches), attempt)
+        return _in_order(rows)
 
     def acknowledge_owned(self, connection: Connection, id: int, owner: uuid.UUID) -> bool:
         """Delete a finished row; False when it is no longer this owner's."""
@@ -491,6 +545,10 @@ def _bounds(
     return bounds
 
 
+def _in_order(rows: Sequence[Any]) -> list[Taken]:
+    return sorted((_taken(row) for row in rows), key=lambda taken: taken.id)
+
+
 def _taken(row: Any) -> Taken:
     return Taken(
         id=row.id,
@@ -629,6 +687,13 @@ DELETE FROM {n} n WHERE n.id = ANY (ARRAY(
 ))
 """
 
+# Rows that are still a message's, locked or not.
+_DISPATCHED = """
+SELECT p.id FROM {n} p JOIN unnest(CAST(:ids AS bigint[]), CAST(:dispatches AS int[])) AS c (id, dispatches)
+    ON p.id = c.id AND p.dispatches = c.dispatches
+WHERE p.state = 'dispatched'
+"""
+
 # A row that is locked has reached a worker after all: waiting for it would hold up everything else.
 _UNPUBLISHED = """
 UPDATE {n} n SET state = 'waiting', available_at = now() + make_interval(secs => :delay), dispatches = n.dispatches - 1
@@ -637,6 +702,7 @@ WHERE n.id = ANY (ARRAY(
         ON p.id = c.id AND p.dispatches = c.dispatches
     WHERE p.state = 'dispatched' FOR UPDATE OF p SKIP LOCKED
 ))
+RETURNING n.id
 """
 
 _DELETE_PUBLISHED = """
@@ -645,6 +711,7 @@ DELETE FROM {n} n WHERE n.id = ANY (ARRAY(
         ON p.id = c.id AND p.dispatches = c.dispatches
     WHERE p.state = 'dispatched' FOR UPDATE OF p SKIP LOCKED
 ))
+RETURNING n.id
 """
 
 _COUNT_START = """

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import functools
-import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from sqlalchemy import text
 
-from pgpubsub_celery.store import BOUND_SECONDS, Bound, Claim
+from pgpubsub_celery.store import BOUND_SECONDS, Bound
 from tests.fixtures.notifications import (
     LEASE,
     LEASE_MAX,
     TABLE,
     Notifications,
+    paused_claim,
     seconds,
     together,
     until,
-    waits_for_lock,
 )
 
 ME = uuid.UUID(int=1)
@@ -134,20 +132,20 @@ def test_claim_skips_rows_locked_by_another_connection(notifications: Notificati
 def test_claim_leaves_rows_that_were_claimed_after_its_snapshot(notifications: Notifications) -> None:
     """A claim that sees a row as it was, and locks it after another's claim of it is committed, leaves it."""
     fresh, lost = notifications.add(2), notifications.dispatch(2, ago=1)
-    with _paused_claim(notifications) as finish:
+    with paused_claim(notifications) as late:
         assert notifications.claimed_ids() == fresh + lost
-        late = finish()
-    assert late.rows == []
+        claim = late.finish()
+    assert claim.rows == []
     assert [row["dispatches"] for row in notifications.rows()] == [1, 1, 2, 2]
 
 
 def test_claim_takes_a_row_as_it_is_when_it_was_retried_after_its_snapshot(notifications: Notifications) -> None:
     """A row that became due again meanwhile is published with its present counts, not those of the snapshot."""
     (id,) = notifications.dispatch(ago=1, dispatches=4, starts=2)
-    with _paused_claim(notifications) as finish:
+    with paused_claim(notifications) as late:
         # Still dispatched and expired by the latest version, so the claim may have it; with other counts.
         notifications.execute(f"UPDATE {TABLE} SET dispatches = 7, starts = 0 WHERE id = :id", id=id)
-        claim = finish()
+        claim = late.finish()
     assert [(row.id, row.dispatches) for row in claim.rows] == [(id, 8)]
     assert notifications.row(id)["starts"] == 0
 
@@ -330,29 +328,3 @@ def _drain(
         if not claim.rows and not bounds:
             return drained, claim.bounds
         bounds = claim.bounds
-
-
-PAUSE = 42
-
-
-@contextlib.contextmanager
-def _paused_claim(notifications: Notifications) -> Iterator[Callable[[], Claim]]:
-    """A claim that has its snapshot, and goes on to lock rows when it is finished by a call of what this yields."""
-    late = Notifications(notifications.engine)
-    # The rows in flight are counted first: here that waits for the test, by an advisory lock.
-    sql = late.store._claim.text.replace("count(*) AS", f"count(*) + 0 * length(pg_advisory_lock({PAUSE})::text) AS")
-    assert sql != late.store._claim.text
-    late.store._claim = text(sql)
-    claims: list[Claim] = []
-    with notifications.autocommit() as gate:
-        gate.execute(text("SELECT pg_advisory_lock(:key)"), {"key": PAUSE})
-        thread = threading.Thread(target=lambda: claims.append(late.claim()))
-        thread.start()
-        until(lambda: waits_for_lock(notifications.engine))
-
-        def finish() -> Claim:
-            gate.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": PAUSE})
-            thread.join(30)
-            return claims[0]
-
-        yield finish

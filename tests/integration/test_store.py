@@ -19,6 +19,7 @@ from tests.fixtures.notifications import (
     LEASE,
     TABLE,
     Notifications,
+    paused_claim,
     seconds,
     together,
     until,
@@ -102,9 +103,31 @@ def test_a_duplicate_does_not_wait_for_the_first(notifications: Notifications, t
         assert _take(notifications.store, take, second, ids, 1) == ids[1:]
 
 
+@pytest.mark.parametrize(
+    "method", ["take_locked", "take_owned", "count_start", "release_unpublished", "delete_published"]
+)
+def test_a_claim_that_comes_too_late_takes_nobodys_rows_for_a_moment(notifications: Notifications, method: str) -> None:
+    """A claim with an old snapshot locks rows that another has claimed, until it ends: that is no run of theirs."""
+    ids = notifications.add(3)
+    with paused_claim(notifications) as late, notifications.transaction() as connection:
+        assert notifications.claimed_ids() == ids
+        late.lock()
+        free = text(f"SELECT id FROM {TABLE} FOR UPDATE SKIP LOCKED")
+        assert connection.execute(free).all() == [], "the test no longer shows what it is about"
+        threading.Timer(0.05, late.finish).start()
+        store = notifications.store
+        if method in ("release_unpublished", "delete_published"):
+            assert getattr(store, method)(connection, [(id, 1) for id in ids]) == len(ids)
+        else:
+            assert _take(store, method, connection, ids, 1) == ids
+
+
 @pytest.mark.parametrize("take", ["take_locked", "take_owned"])
-def test_of_many_duplicates_one_takes_the_row(notifications: Notifications, take: str) -> None:
+def test_of_many_duplicates_one_takes_the_row(
+    notifications: Notifications, take: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Deliveries of one message that arrive together are one run for each row."""
+    monkeypatch.setattr("pgpubsub_celery.store.PATIENCE", (0.001,))
     ids = notifications.dispatch(40)
     taken: list[list[int]] = [[] for _ in range(4)]
     begin = threading.Barrier(len(taken))
