@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
+import signal
 import subprocess
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -421,13 +423,36 @@ def test_piped_output_is_plain(folder: Folder, stored: Notifications) -> None:
 def test_a_terminal_gets_colours_unless_no_color_is_set(folder: Folder, stored: Notifications, no_color: bool) -> None:
     """As https://no-color.org asks."""
     stored.add(1, state="failed")
-    told = in_terminal(folder, "status", **({"NO_COLOR": "1"} if no_color else {}))
+    told = in_terminal(folder, "status", NO_COLOR="1" if no_color else "")
     assert "│" in told
     assert ("\x1b[31m" in told) != no_color
 
 
-def in_terminal(folder: Folder, *words: str, **environment: str) -> str:
-    """Return what a command prints on a terminal."""
+def test_status_watch_shows_what_changes_until_ctrl_c(folder: Folder, stored: Notifications) -> None:
+    """Without a trace of how it was ended."""
+    signalled: list[int] = []
+
+    def meddle(told: str, process: subprocess.Popen[bytes]) -> None:
+        # Once each, as soon as the one before is seen.
+        if "blog.read" in told and not stored.ids():
+            stored.add(4711, ago=-3600)
+        if "4711" in told and not signalled:
+            signalled.append(signal.SIGINT)
+            process.send_signal(signal.SIGINT)
+
+    told = in_terminal(folder, "status", "--watch", meddle=meddle)
+    assert "4711" in told
+    assert "Traceback" not in told
+    assert "Aborted" not in told
+
+
+def in_terminal(
+    folder: Folder,
+    *words: str,
+    meddle: Callable[[str, subprocess.Popen[bytes]], None] | None = None,
+    **environment: str,
+) -> str:
+    """Return what a command prints on a terminal; `meddle` is called with what it has printed so far."""
     ours, its = pty.openpty()
     process = subprocess.Popen(
         [BRIDGE, *words],
@@ -435,15 +460,21 @@ def in_terminal(folder: Folder, *words: str, **environment: str) -> str:
         env=folder.env({"TERM": "xterm-256color", "COLUMNS": "120", **environment}),
         stdin=subprocess.DEVNULL,
         stdout=its,
-        stderr=subprocess.DEVNULL,
+        stderr=its,
     )
     os.close(its)
     told = b""
     try:
         while chunk := os.read(ours, 4096):
             told += chunk
+            if meddle is not None:
+                meddle(told.decode(errors="replace"), process)
     except OSError:  # how Linux says that nobody has the other side any more
         pass
-    os.close(ours)
-    assert process.wait(DEADLINE) == 0
+    finally:
+        os.close(ours)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(DEADLINE)
+        process.kill()
+    assert process.wait() == 0
     return told.decode()
