@@ -22,10 +22,12 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from pgpubsub_celery import Channel, NotificationInfo, TriggerChannel, channel_task, notify
 from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.settings import sync_url
-from tests.chaos.steps import become, step
+from tests.chaos.steps import FOLDER, become, step
 
 # Short, so that what a dead worker had reserved comes again, besides what comes again by its lease.
 TRANSPORT_OPTIONS = {"visibility_timeout": 10, "unacked_mutex_expire": 5}
+
+LEASE = 4.0
 
 faulthandler.register(signal.SIGUSR2)  # a process that hangs is asked where
 
@@ -237,8 +239,8 @@ def own_engine() -> Engine:
     return _engine[1]
 
 
-def run_apart(kind: str, number: int, notification: int | None) -> None:
-    """Begin in a transaction of its own, and finish in another."""
+def run_apart(kind: str, number: int, notification: int | None, seconds: float = 0) -> None:
+    """Begin in a transaction of its own, and finish in another, `seconds` later."""
     step("listener-before")
     begun_at = time.time()
     with own_engine().begin() as connection:
@@ -249,6 +251,7 @@ def run_apart(kind: str, number: int, notification: int | None) -> None:
             ),
             {"kind": kind, "number": number, "notification": notification, "pid": os.getpid(), "at": begun_at},
         ).scalar_one()
+    time.sleep(seconds)
     with own_engine().begin() as connection:
         connection.execute(text("UPDATE run SET finished_at = :at WHERE id = :id"), {"id": id, "at": time.time()})
     step("listener-after")
@@ -265,8 +268,8 @@ APART: dict[str, Any] = {
 
 @channel_task(Owned, **APART)
 def take_owned(number: int, notification: NotificationInfo) -> None:
-    """At least once."""
-    run_apart("owned", number, notification.id)
+    """At least once; now and then for longer than the lease, which is renewed meanwhile."""
+    run_apart("owned", number, notification.id, seconds=1.3 * LEASE if number % 50 == 0 else 0)
 
 
 @channel_task(OwnedBundled, bundle=5, **APART)
@@ -292,6 +295,16 @@ def _in_worker(**_: Any) -> None:
 @signals.worker_process_init.connect
 def _in_child(**_: Any) -> None:
     become("child")
+
+
+@signals.after_task_publish.connect
+def _note_publication(sender: str, body: Any, **_: Any) -> None:
+    """Write down when a plain task was given to the broker: it may forget what it had before it lost its data."""
+    folder = os.environ.get(FOLDER)
+    if folder and sender == plain.name:
+        descriptor = os.open(f"{folder}/published", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.write(descriptor, f"{body[0][0]} {time.time()}\n".encode())
+        os.close(descriptor)
 
 
 for _signal, _name in (

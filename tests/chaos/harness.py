@@ -34,7 +34,6 @@ from tests.chaos.writers import Writer
 from tests.fixtures.processes import BIN, Running
 
 APP = "tests.chaos.app"
-LEASE = 4.0
 ORPHAN_SECONDS = 20.0
 """How long a process may live on after its parent was killed."""
 STUCK_SECONDS = 60.0
@@ -248,7 +247,7 @@ class Monitor(threading.Thread):
 class Chaos:
     """A chaos test's world. A context manager; its body runs with everything started."""
 
-    lease = LEASE
+    lease = app.LEASE
 
     def __init__(self, plan: Plan, folder: Path, *, bin_dir: str | None = None) -> None:
         self.plan = plan
@@ -397,7 +396,7 @@ class Chaos:
         with kombu.Connection(self.valkey.url, transport_options=app.TRANSPORT_OPTIONS) as broker:
             broker.default_channel.qos.restore_visible(num=1000)
         with contextlib.closing(psycopg2.connect(self.direct_url)) as connection:
-            return len(plain_missing(connection, self.wipes))
+            return len(plain_missing(connection, self))
 
     def _install(self) -> None:
         engine = create_engine(sync_url(self.direct_url))
@@ -411,8 +410,8 @@ class Chaos:
             "CHAOS_BROKER_URL": f"redis://127.0.0.1:{self.to_broker.port}/0",
             "CHAOS_FOLDER": str(self.folder),
             "CHAOS_CHANCE": os.environ.get("CHAOS_CHANCE", "0.2"),
-            "PGPUBSUB_LEASE": f"{LEASE:g}",
-            "PGPUBSUB_LEASE_MAX": f"{2 * LEASE:g}",
+            "PGPUBSUB_LEASE": f"{app.LEASE:g}",
+            "PGPUBSUB_LEASE_MAX": f"{2 * app.LEASE:g}",
             "PGPUBSUB_HEARTBEAT_INTERVAL": "1",
             "PGPUBSUB_POLL_INTERVAL": "3",
             "PGPUBSUB_MAX_STARTS": "50",

@@ -17,7 +17,7 @@ from tests.conftest import POSTGRES_BIN
 
 PLAN = Plan(
     notifications=int(os.environ.get("CHAOS_NOTIFICATIONS", "2000")),
-    faults=int(os.environ.get("CHAOS_FAULTS", "30")),
+    faults=int(os.environ.get("CHAOS_FAULTS", "40")),
     seed=int(os.environ.get("CHAOS_SEED", "1")),
     pause=float(os.environ.get("CHAOS_PAUSE", "1")),
 )

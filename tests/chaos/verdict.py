@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import math
 import statistics
 import uuid
 from collections.abc import Iterable, Sequence
@@ -135,7 +136,7 @@ class Verdict:
 
     def _judge_plain(self, connection: psycopg2.extensions.connection, runs: Sequence[Run], emitted: set[int]) -> None:
         ran = {run.number for run in runs if run.kind == "plain" and run.finished_at is not None}
-        missing = plain_missing(connection, self._chaos.wipes)
+        missing = plain_missing(connection, self._chaos)
         self.violates("plain tasks that the broker cannot have forgotten, without a run", missing)
         self.violates("plain tasks never committed, and yet with a run", sorted(ran - emitted))
         self.facts["plain tasks that a broker forgot"] = len(emitted - ran) - len(missing)
@@ -201,18 +202,23 @@ class Verdict:
         return "\n".join(lines)
 
 
-def plain_missing(connection: psycopg2.extensions.connection, wipes: Sequence[float]) -> list[int]:
+def plain_missing(connection: psycopg2.extensions.connection, chaos: Chaos) -> list[int]:
     """Return the enqueued tasks that never ran, although no broker can have forgotten them.
 
-    Once a broker has confirmed a task, it is the broker's: what was emitted before one lost its data may be gone.
+    Once a broker has confirmed a task, it is the broker's: what it was given before it lost its data may be gone.
     """
+    published: dict[int, float] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for line in (chaos.folder / "published").read_text().splitlines():
+            number, at = line.split()
+            published[int(number)] = max(float(at), published.get(int(number), 0.0))
     missing = rows(
         connection,
-        "SELECT number FROM emitted e WHERE kind = 'plain' AND at > %s AND NOT EXISTS "
+        "SELECT number FROM emitted e WHERE kind = 'plain' AND NOT EXISTS "
         "(SELECT 1 FROM run WHERE run.kind = 'plain' AND run.number = e.number AND finished_at IS NOT NULL)",
-        max(wipes, default=0.0) + 0.5,
     )
-    return [number for (number,) in missing]
+    forgotten = max(chaos.wipes, default=0.0)
+    return [number for (number,) in missing if published.get(number, math.inf) > forgotten]
 
 
 def rows(connection: psycopg2.extensions.connection, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
