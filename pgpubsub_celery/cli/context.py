@@ -168,8 +168,8 @@ def connected(settings: Settings, *, autocommit: bool = False) -> Iterator[Conne
 
 def console() -> Console:
     """Return where to print: colours for people, none when piped or with NO_COLOR."""
-    width = None if os.isatty(1) or os.environ.get("COLUMNS") else WIDTH_WHEN_PIPED
-    return Console(highlight=False, width=width)
+    # COLUMNS is the terminal's, which a pipe is not, whoever has exported it.
+    return Console(highlight=False, width=None if os.isatty(1) else WIDTH_WHEN_PIPED)
 
 
 def new_table(*columns: str, title: str | None = None, **options: Any) -> Table:

@@ -413,7 +413,7 @@ def test_process_stored_notifications_needs_a_transaction(installed_engine: Engi
 def test_piped_output_is_plain(folder: Folder, stored: Notifications) -> None:
     """No escape sequences, no lines, and no line is cut."""
     stored.add(1, state="failed", error="x" * 150)
-    told = done(folder.run("status")) + done(folder.run("list"))
+    told = done(folder.run("status", COLUMNS="80")) + done(folder.run("list", COLUMNS="80"))
     assert "\x1b" not in told
     assert "│" not in told
     assert "x" * 150 in told
