@@ -132,7 +132,7 @@ class Store:
         self._recover = _sql(_RECOVER, n=n)
         self._prune_failed = _sql(_PRUNE_FAILED, n=n)
         self._dispatched = _sql(_DISPATCHED, n=n)
-        self._unpublished = _sql(_UNPUBLISHED, n=n)
+        self._unpublished = _sql(_UNPUBLISHED, n=n, given_back=_GIVEN_BACK)
         self._delete_published = _sql(_DELETE_PUBLISHED, n=n)
         self._count_start = _sql(_COUNT_START, n=n)
         self._take_locked = _sql(_TAKE_LOCKED, n=n, taken=_TAKEN)
@@ -143,12 +143,12 @@ class Store:
         self._renew = _sql(_RENEW, n=n)
         self._retry = _sql(_RETRY, n=n)
         self._fail = _sql(_FAIL, n=n)
-        self._release = _sql(_RELEASE, n=n)
-        self._release_owned = _sql(_RELEASE_OWNED, n=n)
+        self._release = _sql(_RELEASE, n=n, given_back=_GIVEN_BACK)
+        self._release_owned = _sql(_RELEASE_OWNED, n=n, given_back=_GIVEN_BACK)
         self._installation = _sql("SELECT id FROM {i}", i=self.names.installation)
         self._ring = _sql("SELECT {p}pgpubsub_ring(:channel)", p=self.names.prefix)
         self._acknowledge_committed = _sql(_ACKNOWLEDGE_COMMITTED, n=n)
-        self._release_lost = _sql(_RELEASE_LOST, n=n)
+        self._release_lost = _sql(_RELEASE_LOST, n=n, given_back=_GIVEN_BACK)
         self._fail_lost = _sql(_FAIL_LOST, n=n)
 
     def installation(self, connection: Connection) -> uuid.UUID:
@@ -694,9 +694,15 @@ SELECT p.id FROM {n} p JOIN unnest(CAST(:ids AS bigint[]), CAST(:dispatches AS i
 WHERE p.state = 'dispatched'
 """
 
+# What is given back without a delay keeps its place in the line: at its end, an outage of a second would cost the rows
+# that were in flight a whole backlog's time. The transaction may have begun long ago: a delay counts from this moment.
+_GIVEN_BACK = """CASE WHEN :delay > 0 THEN clock_timestamp() + make_interval(secs => :delay)
+        ELSE least(n.created_at, clock_timestamp()) END"""
+
 # A row that is locked has reached a worker after all: waiting for it would hold up everything else.
 _UNPUBLISHED = """
-UPDATE {n} n SET state = 'waiting', available_at = now() + make_interval(secs => :delay), dispatches = n.dispatches - 1
+UPDATE {n} n SET state = 'waiting', dispatches = n.dispatches - 1,
+    available_at = {given_back}
 WHERE n.id = ANY (ARRAY(
     SELECT p.id FROM {n} p JOIN unnest(CAST(:ids AS bigint[]), CAST(:dispatches AS int[])) AS c (id, dispatches)
         ON p.id = c.id AND p.dispatches = c.dispatches
@@ -799,23 +805,25 @@ WHERE n.id = ANY (CAST(:ids AS bigint[])) AND """
     + " RETURNING n.id"
 )
 
-# The transaction may have begun long ago: the delay counts from this moment.
 _RELEASE = """
-UPDATE {n} n SET state = 'waiting', available_at = clock_timestamp() + make_interval(secs => :delay),
+UPDATE {n} n SET state = 'waiting',
+    available_at = {given_back},
     starts = greatest(0, n.starts - :started)
 WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'dispatched' AND n.dispatches = :dispatches
 RETURNING n.id
 """
 
 _RELEASE_OWNED = """
-UPDATE {n} n SET state = 'waiting', owner = NULL, available_at = clock_timestamp() + make_interval(secs => :delay),
+UPDATE {n} n SET state = 'waiting', owner = NULL,
+    available_at = {given_back},
     starts = greatest(0, n.starts - :started)
 WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
 RETURNING n.id
 """
 
 _RELEASE_LOST = """
-UPDATE {n} n SET state = 'waiting', owner = NULL, available_at = clock_timestamp() + make_interval(secs => :delay)
+UPDATE {n} n SET state = 'waiting', owner = NULL,
+    available_at = {given_back}
 WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state IN ('dispatched', 'running') AND n.dispatches = :dispatches
 RETURNING n.id
 """
