@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from pgpubsub_celery._version import __version__
-from pgpubsub_celery.cli.context import Group, State
+from pgpubsub_celery.cli.context import Group, State, print_anything
 from pgpubsub_celery.cli.database import install, triggers, uninstall
 from pgpubsub_celery.cli.demonstration import demo
 from pgpubsub_celery.cli.development import dev
@@ -42,6 +42,7 @@ it call app.autodiscover_tasks(["blog"], related_name="listeners").
 @click.pass_context
 def main(ctx: click.Context, app: str | None) -> None:
     """Committed changes in Postgres become Celery tasks."""
+    print_anything()
     ctx.obj = State(app_path=app)
 
 
@@ -49,6 +50,7 @@ def main(ctx: click.Context, app: str | None) -> None:
 @click.pass_context
 def celery_command(ctx: click.Context) -> None:
     """Committed changes in Postgres become Celery tasks (pgpubsub-bridge)."""
+    print_anything()
     # Celery has loaded the application, but processes of ours have to find it by its name.
     path: Any = ctx.find_root().params.get("app")
     ctx.obj = State(app_path=path if isinstance(path, str) else None)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -164,6 +166,13 @@ def connected(settings: Settings, *, autocommit: bool = False) -> Iterator[Conne
         return
     with engine.begin() as connection:
         yield connection
+
+
+def print_anything() -> None:
+    """Let standard output and error take all characters: those that an encoding lacks are written as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def console() -> Console:

@@ -419,6 +419,13 @@ def test_piped_output_is_plain(folder: Folder, stored: Notifications) -> None:
     assert "x" * 150 in told
 
 
+@pytest.mark.parametrize("words", [["list"], ["show", "1"], ["list", "--json"]])
+def test_characters_that_the_terminal_lacks_do_no_harm(folder: Folder, stored: Notifications, words: list[str]) -> None:
+    """What somebody's error says cannot be chosen."""
+    stored.add(1, state="failed", error="Porto → Rio")
+    assert "Porto \\u2192 Rio" in done(folder.run(*words, PYTHONIOENCODING="latin-1"))
+
+
 @pytest.mark.parametrize("no_color", [False, True])
 def test_a_terminal_gets_colours_unless_no_color_is_set(folder: Folder, stored: Notifications, no_color: bool) -> None:
     """As https://no-color.org asks."""
