@@ -1,16 +1,13 @@
-"""`status`, `list`, `show`, `retry` and `discard`: what is stored, and mending it."""
+"""`status`, `list` and `show`: what is stored, and who is there for it."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import json
 import re
-import sys
 import time
-from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import click
 from rich.console import Group as Lines
@@ -19,19 +16,14 @@ from rich.text import Text
 from sqlalchemy import Connection
 
 from pgpubsub_celery import insights, upkeep
-from pgpubsub_celery.cli.context import State, app_option, connected, console, database_option, new_table
+from pgpubsub_celery.cli.context import C, State, app_option, connected, console, database_option, new_table
 from pgpubsub_celery.cli.exit_codes import EXIT_ATTENTION, EXIT_FAILED
-from pgpubsub_celery.errors import SettingsError, did_you_mean
+from pgpubsub_celery.errors import did_you_mean
 from pgpubsub_celery.models import STATES
 from pgpubsub_celery.schema import VERSION
 from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.upkeep import Selection
 from pgpubsub_celery.wakeups import require_installed
-
-C = TypeVar("C", bound=Callable[..., Any])
-
-SHOWN_FROM = 5_000
-"""Notifications to be changed, from which on a progress bar is worth while."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -214,7 +206,7 @@ def list_stored(ctx: click.Context, /, database_url: str | None, limit: int, as_
         require_installed(connection, settings.schema, VERSION)
         rows = insights.read_notifications(connection, settings.schema, condition, parameters, limit=limit)
         total = upkeep.measure(connection, settings.schema, selection).count if len(rows) == limit else len(rows)
-        hint = "" if rows else _unknown_names(connection, settings.schema, selection)
+        hint = "" if rows else unknown_names(connection, settings.schema, selection)
     if as_json:
         for row in rows:
             click.echo(json.dumps(dict(row), default=str, ensure_ascii=False))
@@ -241,7 +233,7 @@ def list_stored(ctx: click.Context, /, database_url: str | None, limit: int, as_
         click.echo(f"{len(rows)} of {total}: --limit shows more.", err=True)
 
 
-def _unknown_names(connection: Connection, schema: str, selection: Selection) -> str:
+def unknown_names(connection: Connection, schema: str, selection: Selection) -> str:
     """Return a hint at names that nobody knows: what was meant may be another."""
     channels, listeners = insights.read_names(connection, schema)
     hints = [
@@ -295,171 +287,3 @@ def show(ctx: click.Context, database_url: str | None, id: int, as_json: bool) -
         click.echo(f"{name:>14}  {shown}")
     if row["traceback"]:
         click.echo(f"\n{row['traceback'].rstrip()}")
-
-
-# retry and discard
-
-
-def changing(command: C) -> C:
-    """Add the options of commands that change what is selected."""
-    for option in reversed(
-        (
-            click.option("--force", is_flag=True, help="Also what is in flight: a run may be under way."),
-            click.option("--dry-run", is_flag=True, help="Only say how many."),
-            click.option("--json", "as_json", is_flag=True, help="One JSON object: selected, in_flight, changed."),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-@click.command(
-    epilog="""
-Examples:
-
-\b
-  pgpubsub-bridge retry 17 18
-  pgpubsub-bridge retry --state failed --error OSError
-  pgpubsub-bridge retry --state held --dry-run
-"""
-)
-@app_option
-@database_option
-@click.argument("ids", type=int, nargs=-1)
-@selecting
-@click.option("--all", "everything", is_flag=True, help="All that are held or failed.")
-@changing
-@click.pass_context
-def retry(
-    ctx: click.Context,
-    /,
-    database_url: str | None,
-    ids: tuple[int, ...],
-    everything: bool,
-    force: bool,
-    dry_run: bool,
-    as_json: bool,
-    **selected: Any,
-) -> None:
-    """Make stored notifications due now: failed and held ones, and those waiting for a later time.
-
-    Without ids or --state: failed and held ones. What is in flight is left alone, unless --force: then a run that is
-    under way may happen beside the new one.
-    """
-    selection = Selection(ids=ids, **selected)
-    if selection.everything and not everything:
-        raise SettingsError(
-            "retry: say which, by id, --channel, --listener, --state, --older-than or --error; or --all."
-        )
-    change = _Change("retry", "made due", upkeep.retry_batch, force, dry_run, as_json)
-    if selection.states or ids:
-        change.run(_settings(ctx, database_url), selection)
-    else:
-        states = ("failed", "held", *(upkeep.BUSY_STATES if force else ()))
-        change.run(_settings(ctx, database_url), selection, states=states)
-
-
-@click.command(
-    epilog="""
-Examples:
-
-\b
-  pgpubsub-bridge discard 17
-  pgpubsub-bridge discard --state failed --older-than 30d --yes
-"""
-)
-@app_option
-@database_option
-@click.argument("ids", type=int, nargs=-1)
-@selecting
-@changing
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@click.pass_context
-def discard(
-    ctx: click.Context,
-    /,
-    database_url: str | None,
-    ids: tuple[int, ...],
-    force: bool,
-    dry_run: bool,
-    as_json: bool,
-    yes: bool,
-    **selected: Any,
-) -> None:
-    """Delete stored notifications, for good.
-
-    What is in flight is left alone, unless --force: a run that is under way goes on.
-    """
-    selection = Selection(ids=ids, **selected)
-    if selection.everything:
-        raise SettingsError("discard: say which, by id, --channel, --listener, --state, --older-than or --error.")
-    change = _Change("discard", "discarded", upkeep.discard_batch, force, dry_run, as_json, asks=not yes)
-    change.run(_settings(ctx, database_url), selection)
-
-
-class ChangeBatch(Protocol):
-    """`upkeep.retry_batch` or `upkeep.discard_batch`."""
-
-    def __call__(
-        self, connection: Connection, schema: str, selection: Selection, /, *, after: int, last: int, force: bool
-    ) -> upkeep.Batch:
-        """Change a batch."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Change:
-    """Changing what is meant in batches, each a transaction of its own; and saying what was in flight."""
-
-    verb: str
-    done: str
-    batch: ChangeBatch
-    force: bool
-    dry_run: bool
-    as_json: bool
-    asks: bool = False
-
-    def run(self, settings: Settings, selection: Selection, *, states: tuple[str, ...] = ()) -> None:
-        """Count, ask, change and tell; `states` narrows down what is changed, not what is told of."""
-        with connected(settings, autocommit=True) as connection:
-            require_installed(connection, settings.schema, VERSION)
-            busy = upkeep.measure(connection, settings.schema, selection, upkeep.BUSY_STATES).count
-            if states:
-                selection = dataclasses.replace(selection, states=states)
-            idle = None if self.force else upkeep.IDLE_STATES
-            meant = upkeep.measure(connection, settings.schema, selection, idle)
-            hint = "" if meant.count or busy else _unknown_names(connection, settings.schema, selection)
-        if busy and not self.force:
-            click.echo(f"{busy} in flight: left alone; {self.verb} them when they are done, or --force.", err=True)
-        changed = 0
-        if meant.count and not self.dry_run:
-            if self.asks:
-                click.confirm(f"Discard {meant.count} notification(s), for good?", abort=True, err=True)
-            changed = self._in_batches(settings, selection, meant)
-        if self.as_json:
-            told = {"selected": meant.count, "in_flight": busy, "changed": changed, "dry_run": self.dry_run}
-            click.echo(json.dumps(told))
-            return
-        count, would = (meant.count, "would be ") if self.dry_run else (changed, "")
-        click.echo(f"{count} notification(s) {would}{self.done}.{hint}")
-        if changed < meant.count and not self.dry_run:
-            click.echo(f"{meant.count - changed} were due already, or locked by somebody else.", err=True)
-
-    def _in_batches(self, settings: Settings, selection: Selection, meant: upkeep.Extent) -> int:
-        changed = 0
-        after: int | None = 0
-        many = meant.count >= SHOWN_FROM and not self.as_json
-        with click.progressbar(length=meant.count, label=self.verb, file=sys.stderr) if many else _no_bar() as bar:
-            while after is not None:
-                with connected(settings) as connection:
-                    batch = self.batch(
-                        connection, settings.schema, selection, after=after, last=meant.last, force=self.force
-                    )
-                changed += batch.changed
-                after = batch.after
-                if bar is not None:
-                    bar.update(batch.changed)
-        return changed
-
-
-def _no_bar() -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
