@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import redis
+from celery import _state
 from sqlalchemy import Engine, create_engine
 
 from pgpubsub_celery.embedded import EmbeddedPostgres, EmbeddedValkey
@@ -43,6 +45,19 @@ def _nothing_of_the_caller() -> Iterator[None]:
             if name.startswith("PG") and not name.startswith("PGPUBSUB_TEST_"):
                 environment.delenv(name)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was() -> Iterator[None]:
+    """Undo what applications and workers of a test change for the whole process: Celery's current app, log levels."""
+    apps = _state._tls.current_app, _state.default_app
+    loggers = [logging.getLogger(name) for name in ("", "celery", "pgpubsub_celery")]
+    levels = [(logger.level, logger.disabled, logger.propagate) for logger in loggers]
+    yield
+    _state._tls.current_app, _state.default_app = apps
+    for logger, (level, disabled, propagate) in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+        logger.disabled, logger.propagate = disabled, propagate
 
 
 @pytest.fixture(scope="session")

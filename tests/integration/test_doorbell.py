@@ -378,7 +378,7 @@ def test_a_prepared_transaction_keeps_the_bridge_awake() -> None:
         bin_dir=os.environ.get(POSTGRES_BIN), fsync=False, options={"max_prepared_transactions": "5"}
     ) as server:
         engine = create_engine(sync_url(server.url))
-        install(engine)
+        install(engine, channels=())
         engine.dispose()
         house = House(server.url)
         link = house.link()
