@@ -86,7 +86,7 @@ def bridges(channel: type[Channel], installed_engine: Engine, installed_url: str
     @channel_task(channel, app=app, name="stress.tick")
     def tick(number: int) -> None: ...
 
-    install(installed_engine)
+    install(installed_engine, channels=[channel])
     bridges = Bridges(app, Settings(database_url=installed_url, poll_interval=HOUR), [channel])
     yield bridges
     while bridges.running:
