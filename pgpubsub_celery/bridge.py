@@ -47,6 +47,9 @@ MOMENT = 0.005
 BUSY_MOMENT = 0.05
 """Seconds between two looks, at most, while a writer's open transaction keeps the door from closing."""
 
+QUOTA_MOMENT = 0.02
+"""Seconds between two looks while a quota is used up and workers are busy: one look takes what several have finished."""
+
 FULL_MOMENT = 1.0
 """Seconds between two looks, at most, while all that is due is in flight, or locked by a run that outlives its
 lease."""
@@ -347,6 +350,8 @@ class _Watch:
         """Return how long to wait for a ring; above all decide whether writers have to ring."""
         if looked.claimed:
             self._empty = 0
+            if looked.limited:
+                return QUOTA_MOMENT
             if self._link.asleep and not self._under_load():
                 return 0.0  # one more look: what is claimed alone says nothing of what else is due
             self._link.open_doors()
