@@ -48,7 +48,7 @@ BUSY_MOMENT = 0.05
 """Seconds between two looks, at most, while a writer's open transaction keeps the door from closing."""
 
 QUOTA_MOMENT = 0.02
-"""Seconds between two looks while a quota is used up and workers are busy: one look takes what several have finished."""
+"""Seconds between two looks while a quota is used up: one look then takes what several workers have finished."""
 
 FULL_MOMENT = 1.0
 """Seconds between two looks, at most, while all that is due is in flight, or locked by a run that outlives its

@@ -83,7 +83,9 @@ class Dispatcher:
             if name not in (channel.name(), *channel.aliases):
                 continue
             for listener in listeners_of(channel):
-                if carried["operation"] in listener.operations:
+                # Its trigger has looked at the listeners' conditions.
+                unwanted = listener.name in (message.get("unwanted") or ())
+                if carried["operation"] in listener.operations and not unwanted:
                     envelope = Envelope(
                         installation=self._installation,
                         channel=channel.name(),

@@ -283,7 +283,8 @@ def store_before(database: Engine) -> None:
         )
         connection.execute(
             text(
-                "UPDATE pgpubsub_notification SET available_at = now() + interval '1 hour' WHERE payload->>'number' = '3'"
+                "UPDATE pgpubsub_notification SET available_at = now() + interval '1 hour' "
+                "WHERE payload->>'number' = '3'"
             )
         )
 
