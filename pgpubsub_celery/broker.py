@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import kombu.exceptions
+from amqp.exceptions import MessageNacked
 from celery import Celery
+from celery.result import denied_join_result
 from kombu import Connection, Producer
 from kombu.exceptions import KombuError
 from kombu.exceptions import OperationalError as KombuOperationalError
@@ -22,9 +25,10 @@ from pgpubsub_celery.errors import BrokerError
 
 logger = logging.getLogger(__name__)
 
-_OUTAGES: tuple[type[BaseException], ...] = (OSError, KombuOperationalError)
+_BATCH_ERRORS: tuple[type[BaseException], ...] = ()
 if hasattr(kombu.exceptions, "BatchPublishError"):  # kombu 5.7
-    _OUTAGES += (kombu.exceptions.BatchPublishError,)
+    _BATCH_ERRORS = (kombu.exceptions.BatchPublishError,)
+_OUTAGES = (OSError, KombuOperationalError, MessageNacked, *_BATCH_ERRORS)
 
 Publication = Callable[[Celery, Producer], None]
 """Publishes one message with the given producer."""
@@ -41,27 +45,32 @@ class Broker:
         self._producer: Producer | None = None
         # Remembered beyond the connection, which is dropped before anybody asks what its error meant.
         self._outage_errors: tuple[type[BaseException], ...] = _OUTAGES
+        self._refusals: tuple[type[BaseException], ...] = (MessageNacked,)
 
     @staticmethod
     def check(app: Celery) -> None:
-        """Raise BrokerError when the configured URL can never work: unknown transport or unreadable."""
+        """Raise BrokerError when the configured URL can never work: unknown kind, missing driver, or unreadable."""
         url = app.conf.broker_write_url or app.conf.broker_url
+        expected = "expected for example 'redis://host:6379/0' or 'amqp://user:password@host:5672//'."
         try:
             with app.connection_for_write() as connection:
-                _ = connection.transport_cls
                 connection.get_transport_cls()
-        except (KeyError, ImportError, ValueError, AttributeError) as exc:
-            scheme = str(url).partition("://")[0]
+        except ValueError:
+            # What could not be read may be a part of the password.
             raise BrokerError(
-                f"The broker URL's kind {scheme!r} cannot be used ({exc}): expected for example "
-                "'redis://host:6379/0' or 'amqp://user:password@host:5672//'."
-            ) from exc
+                f"The broker URL cannot be read: {expected} Special characters in user and password are to be "
+                "percent-encoded."
+            ) from None
+        except Exception as exc:  # whatever the transport's module raises
+            scheme = str(url).partition("://")[0]
+            raise BrokerError(f"The broker URL's kind {scheme!r} cannot be used ({_told(exc)}): {expected}") from exc
 
     def publish(self, publications: Sequence[Publication]) -> list[BaseException | None]:
         """Publish in order; return None for each confirmed message, else why it does not count as published.
 
         Redis: one pipeline, confirmed by its reply. RabbitMQ: publisher confirms, awaited for each message. After a
-        connection error the rest is not tried. One message that cannot be built or encoded does not hold up others.
+        connection error the rest is not tried. One message that cannot be built or encoded, or that RabbitMQ refuses
+        (its queue is full, or has other arguments than declared), does not hold up others.
         """
         outcomes: list[BaseException | None] = [None] * len(publications)
         position = 0
@@ -69,22 +78,42 @@ class Broker:
         try:
             producer = self._acquire()
             pipelined = _pipelines(producer)
-            with producer.batch(max_size=max(1, len(publications))) if pipelined else contextlib.nullcontext():
+            # Sent at its end only: an error of the pipeline must not come out of one message's publication.
+            batch = producer.batch(max_size=sys.maxsize) if pipelined else contextlib.nullcontext()
+            # Denied, or each message would subscribe to its result: the result backend's outages are not the broker's.
+            with denied_join_result(), batch:
                 for position, publication in enumerate(publications):
                     try:
                         publication(self._app, producer)
-                    except self._outage_errors:
-                        raise
+                    except self._outage_errors as exc:
+                        if pipelined or not isinstance(exc, self._refusals):
+                            raise
+                        outcomes[position] = exc
+                        self.close()  # with the refusal the broker has closed the channel
+                        producer = self._acquire()
                     except Exception as exc:  # noqa: BLE001 - one message's error is its outcome
                         outcomes[position] = exc
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever it is, no message is to blame
             self.close()
-            if not self.is_outage(exc):
-                logger.exception("Publishing failed in an unexpected way")
+            outage = self._outage(exc)
             # A pipeline's failure leaves all its messages unknown; without one, those before were confirmed singly.
             first = 0 if pipelined else position
-            outcomes[first:] = [outcome or exc for outcome in outcomes[first:]]
+            outcomes[first:] = [outcome or outage for outcome in outcomes[first:]]
         return outcomes
+
+    def _outage(self, error: Exception) -> Exception:
+        """Return the error as what it is, the broker's, with the reason that kombu's own may hide."""
+        if self.is_outage(error) and not isinstance(error, _BATCH_ERRORS) and str(error):
+            return error
+        if not self.is_outage(error):
+            logger.error("Publishing failed in an unexpected way", exc_info=error)
+        reason = error.__cause__ or error
+        # redis-py quotes the command before the reason: it is the message.
+        outage: Exception = KombuOperationalError(
+            f"{type(reason).__name__}: {str(reason).rpartition('caused error: ')[2]}"
+        )
+        outage.__cause__ = error
+        return outage
 
     def reachable(self) -> BaseException | None:
         """Try to connect; None when the broker answers, else the error."""
@@ -108,32 +137,45 @@ class Broker:
             except (OSError, KombuError, ValueError, AttributeError) as exc:
                 logger.debug("Closing the broker connection failed: %s", exc)
 
-    def _transport_options(self) -> dict[str, Any]:
-        options = dict(self._app.conf.broker_transport_options or {})
-        url = str(self._app.conf.broker_write_url or self._app.conf.broker_url or "")
-        if url.startswith(("redis", "sentinel", "valkey")):
-            # Without these a hanging server would hang the bridge.
-            options.setdefault("socket_timeout", self._timeout)
-            options.setdefault("socket_connect_timeout", self._timeout)
-            options.setdefault("socket_keepalive", True)
-        elif url.startswith(("amqp", "pyamqp")):
-            options["confirm_publish"] = True
-            options.setdefault("read_timeout", self._timeout)
-            options.setdefault("write_timeout", self._timeout)
-        return options
-
     def _acquire(self) -> Producer:
         if self._producer is None:
-            connection = self._app.connection_for_write(
-                connect_timeout=self._timeout, transport_options=self._transport_options()
-            )
+            # Without a heartbeat, which nobody would send while there is nothing to publish.
+            connection = self._app.connection_for_write(connect_timeout=self._timeout, heartbeat=0)
             self._connection = connection
+            connection.transport_options = {**connection.transport_options, **self._transport_options(connection)}
             errors = (*connection.connection_errors, *connection.channel_errors)
             # Kombu's Redis transport counts KeyError too, which here would be a message that cannot be built.
             self._outage_errors = (*_OUTAGES, *(error for error in errors if error is not KeyError))
-            connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0, timeout=self._timeout)
+            self._refusals = (MessageNacked, *connection.channel_errors)
+            connection.ensure_connection(**self._attempts(connection), timeout=self._timeout)
             self._producer = self._app.amqp.Producer(connection, auto_declare=False)
         return self._producer
+
+    def _transport_options(self, connection: Connection) -> dict[str, Any]:
+        """Return what keeps a broker that hangs from hanging the bridge, whatever the application sets for itself."""
+        # For the channel, which connects once more where the connection was lost in between.
+        options = self._attempts(connection)
+        if connection.transport.driver_type == "redis":
+            options |= {
+                "socket_timeout": self._timeout,
+                "socket_connect_timeout": self._timeout,
+                "socket_keepalive": True,
+                # Also what makes kombu publish in a pipeline: repeated, its commands might be executed twice.
+                "retry_on_timeout": False,
+            }
+        elif connection.transport.driver_type == "amqp":
+            options |= {"confirm_publish": True, "read_timeout": self._timeout, "write_timeout": self._timeout}
+        return options
+
+    @staticmethod
+    def _attempts(connection: Connection) -> dict[str, Any]:
+        """Connect twice, or to each of several brokers once, without a pause."""
+        brokers = len(connection.alt or ())
+        return {"max_retries": max(1, brokers), "interval_start": 0, "interval_step": 0, "interval_max": 0}
+
+
+def _told(error: BaseException) -> str:
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
 def _pipelines(producer: Producer) -> bool:
