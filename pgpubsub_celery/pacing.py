@@ -16,8 +16,8 @@ FLOOR = 16
 LEASE_SHARE = 4
 """In flight is at most what finishes in this part (a quarter) of the lease, at the measured rate."""
 
-MEMORY_SECONDS = 10.0
-"""How far back the measured rate looks."""
+SHORTEST = 1.0
+"""Seconds that a rate is measured over, at least: many that finish in the same moment are no rate."""
 
 
 @dataclasses.dataclass
@@ -26,29 +26,50 @@ class Pace:
 
     max_in_flight: int
     lease: float
-    rate: float = 0.0
-    """Finished each second, smoothed."""
+    _finished: float = 0.0
+    """Notifications finished, those of long ago counting less."""
+    _busy: float = 0.0
+    """Seconds in which some were in flight, weighted likewise."""
     _in_flight: int = 0
     _at: float | None = None
 
     @property
+    def rate(self) -> float:
+        """Return how many are finished each second, while there is something to do."""
+        return self._finished / max(self._busy, SHORTEST)
+
+    @property
     def quota(self) -> int:
-        """Return how many may be in flight."""
-        return max(min(FLOOR, self.max_in_flight), min(self.max_in_flight, int(self.rate * self.lease / LEASE_SHARE)))
+        """Return how many may be in flight.
+
+        Never more than twice what was seen to finish within memory: a few quick ones say little of those to come.
+        """
+        allowed = min(self.rate * self.lease / LEASE_SHARE, 2 * self._finished)
+        return max(min(FLOOR, self.max_in_flight), min(self.max_in_flight, int(allowed)))
 
     def observe(self, in_flight: int, claimed: int, now: float) -> None:
-        """Learn from a claim that found `in_flight` and added `claimed`, at `now` (monotonic seconds)."""
-        if self._at is not None and self._in_flight > 0 and now > self._at:
-            seconds = now - self._at
-            sample = max(0, self._in_flight - in_flight) / seconds
-            weight = 1 - math.exp(-seconds / MEMORY_SECONDS)
-            if in_flight == 0 or in_flight < self._in_flight / 2:
-                # They ran out of work: they may be faster than this, never slower.
-                self.rate = max(self.rate, sample)
-            else:
-                self.rate += weight * (sample - self.rate)
+        """Learn from a claim that found `in_flight` and added `claimed`, at `now` (monotonic seconds).
+
+        Notifications whose lease ran out were in flight already: they do not count as claimed.
+        """
+        if self._at is not None and now > self._at:
+            self._remember(max(0, self._in_flight - in_flight), in_flight, now - self._at)
         self._in_flight = in_flight + claimed
         self._at = now
+
+    def _remember(self, finished: int, left: int, seconds: float) -> None:
+        """Count what happened in the last `seconds`; what is older fades within the part of a lease that is planned."""
+        memory = self.lease / LEASE_SHARE
+        kept = math.exp(-seconds / memory)
+        rate = self.rate
+        self._finished *= kept
+        self._busy *= kept
+        # Where the workers ran out of work they may be faster than this, never slower.
+        ran_out = left < self._in_flight / 2
+        if self._in_flight > 0 and (not ran_out or finished / seconds > rate):
+            weight = (1 - kept) * memory / seconds
+            self._finished += finished * weight
+            self._busy += seconds * weight
 
 
 class Backoff:
