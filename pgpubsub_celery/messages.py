@@ -65,22 +65,31 @@ class Envelope:
         if body is None:
             return None
         try:
-            if int(body["format"]) > FORMAT:
-                raise DecodeError(
-                    f"The message has format {body['format']}; this release reads up to {FORMAT}: "
-                    "upgrade the workers first."
-                )
-            return cls(
-                installation=uuid.UUID(body["installation"]),
-                channel=str(body["channel"]),
-                listener=str(body["listener"]),
-                subscription=body.get("subscription"),
-                dispatches=int(body.get("dispatches", 0)),
-                ids=tuple(int(id) for id in body.get("ids", ())),
-                carried=tuple(body.get("carried", ())),
-            )
+            newer = int(body["format"]) > FORMAT
+            if not newer:
+                return cls._from_body(body)
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise DecodeError(f"The message's envelope is malformed ({type(exc).__name__}: {exc}).") from exc
+        raise DecodeError(
+            f"The message has format {body['format']}; this release reads up to {FORMAT}: upgrade the workers first."
+        )
+
+    @classmethod
+    def _from_body(cls, body: Mapping[str, Any]) -> Envelope:
+        ids, carried, subscription = body.get("ids", []), body.get("carried", []), body.get("subscription")
+        if not isinstance(ids, list) or not isinstance(carried, list) or bool(ids) == bool(carried):
+            raise ValueError("expected a list of either ids or carried notifications")
+        if not all(isinstance(one, Mapping) for one in carried):
+            raise TypeError("a carried notification is not an object")
+        return cls(
+            installation=uuid.UUID(body["installation"]),
+            channel=str(body["channel"]),
+            listener=str(body["listener"]),
+            subscription=None if subscription is None else int(subscription),
+            dispatches=int(body["dispatches"]) if ids else 0,
+            ids=tuple(int(id) for id in ids),
+            carried=tuple(carried),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,6 +165,7 @@ def _message(address: Address, subscription: int, rows: Sequence[Claimed], insta
                 "context": row.context,
                 "created_at": row.created_at.isoformat(),
                 "retries": row.retries,
+                "db_version": row.db_version,
             }
             for row in rows
         )

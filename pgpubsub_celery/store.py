@@ -77,6 +77,7 @@ class Claimed:
     created_at: datetime.datetime
     payload: Any = None
     context: Any = None
+    db_version: str | None = None
     was_lost: bool = False
     """It had been published before, and its lease ran out."""
 
@@ -512,6 +513,7 @@ def _claimed(row: Any) -> Claimed:
         created_at=row.created_at,
         payload=row.payload,
         context=row.context,
+        db_version=row.db_version,
         was_lost=row.was_lost,
     )
 
@@ -624,12 +626,13 @@ WITH quota AS MATERIALIZED (
     FROM quota q
     WHERE n.id = ANY (ARRAY(SELECT id FROM picked)) AND q.subscription = n.subscription + 0
     RETURNING n.id, n.subscription, n.state, n.dispatches, n.retries, n.operation, n.created_at,
-        CASE WHEN q.with_payload THEN n.payload END AS payload, CASE WHEN q.with_payload THEN n.context END AS context
+        CASE WHEN q.with_payload THEN n.payload END AS payload, CASE WHEN q.with_payload THEN n.context END AS context,
+        CASE WHEN q.with_payload THEN n.db_version END AS db_version
 )
 SELECT c.*, p.due, p.was_lost, NULL AS in_flight, NULL AS earliest, NULL AS now
 FROM claimed c JOIN picked p ON p.id = c.id
 UNION ALL
-SELECT NULL, q.subscription, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, q.in_flight, q.earliest, now()
+SELECT NULL, q.subscription, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, q.in_flight, q.earliest, now()
 FROM quota q
 """
 

@@ -203,12 +203,12 @@ def test_many_dispatches_without_a_start_fail_nothing(notifications: Notificatio
 
 def test_claim_returns_payloads_only_where_asked(notifications: Notifications) -> None:
     """Payloads do not leave Postgres unless the message must carry them."""
-    notifications.add(payload='{"secret": 1}', context='{"user": 2}')
+    notifications.add(payload='{"secret": 1}', context='{"user": 2}', db_version="abc")
     (row,) = notifications.claim().rows
-    assert (row.payload, row.context) == (None, None)
+    assert (row.payload, row.context, row.db_version) == (None, None, None)
     notifications.move([row.id], ago=1)
     (row,) = notifications.claim(with_payload=True).rows
-    assert (row.payload, row.context) == ({"secret": 1}, {"user": 2})
+    assert (row.payload, row.context, row.db_version) == ({"secret": 1}, {"user": 2}, "abc")
 
 
 # Bounds: a drain begins where it left off
