@@ -219,6 +219,11 @@ class Bridge:
         outcome = dispatcher.dispatch(link.claims, claim.rows) if claim.rows else Dispatched(0, None)
         if claim.rows:
             logger.debug("claimed %d, published %d", len(claim.rows), outcome.published)
+        if outcome.outage is not None:
+            # What was given back is before where the drain stood, and no worker has finished it.
+            self._bounds = {}
+            for pace in self._paces.values():
+                pace.skip()
         return _Looked(
             claimed=len(claim.rows),
             full=len(claim.rows) >= self._settings.batch_size,

@@ -57,6 +57,10 @@ class Pace:
         self._in_flight = in_flight + claimed
         self._at = now
 
+    def skip(self) -> None:
+        """Learn nothing from what happens until the next claim: what went was in flight, and nobody finished it."""
+        self._at = None
+
     def _remember(self, finished: int, left: int, seconds: float) -> None:
         """Count what happened in the last `seconds`; what is older fades within the part of a lease that is planned."""
         memory = self.lease / LEASE_SHARE

@@ -150,6 +150,17 @@ def test_a_few_quick_runs_do_not_open_the_gates() -> None:
     assert FLOOR < pace.quota <= 2 * 16
 
 
+def test_what_was_given_back_was_not_finished() -> None:
+    """After an outage of the broker less is in flight, which is no worker's doing."""
+    pace = Pace(MOST, LEASE)
+    pace.observe(in_flight=0, claimed=16, now=1.0)
+    pace.skip()
+    pace.observe(in_flight=0, claimed=16, now=2.0)
+    assert pace.rate == 0.0
+    pace.observe(in_flight=0, claimed=16, now=3.0)
+    assert pace.rate > 0.0
+
+
 def test_a_clock_that_stands_still_divides_nothing_by_zero() -> None:
     """Two claims in the same tick."""
     pace = Pace(MOST, LEASE)
