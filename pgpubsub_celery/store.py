@@ -16,6 +16,7 @@ from typing import Any
 
 from sqlalchemy import Connection, TextClause, text
 
+from pgpubsub_celery import statements as sql
 from pgpubsub_celery.schema import Names
 
 TRACEBACK_LIMIT = 20_000
@@ -114,43 +115,37 @@ class Taken:
     retries: int
 
 
-_TAKEN = (
-    "n.id, n.channel, n.subscription, n.operation, n.payload, n.context, n.created_at, n.db_version, n.dispatches, "
-    "n.starts, n.retries"
-)
-
-
 class Store:
     """The statements for one schema. Stateless; may be shared by threads and processes."""
 
     def __init__(self, schema: str) -> None:
         self.names = Names(schema)
         n, s = self.names.notification, self.names.subscription
-        self._claim = _sql(_CLAIM, n=n)
-        self._adopt = _sql(_ADOPT, n=n, s=s)
-        self._next_due = _sql(_NEXT_DUE, n=n)
-        self._hold = _sql(_HOLD, n=n)
-        self._recover = _sql(_RECOVER, n=n)
-        self._prune_failed = _sql(_PRUNE_FAILED, n=n)
-        self._dispatched = _sql(_DISPATCHED, n=n)
-        self._unpublished = _sql(_UNPUBLISHED, n=n, given_back=_GIVEN_BACK)
-        self._delete_published = _sql(_DELETE_PUBLISHED, n=n)
-        self._count_start = _sql(_COUNT_START, n=n)
-        self._take_locked = _sql(_TAKE_LOCKED, n=n, taken=_TAKEN)
-        self._acknowledge_locked = _sql(_ACKNOWLEDGE_LOCKED, n=n)
-        self._take_owned = _sql(_TAKE_OWNED, n=n, taken=_TAKEN)
-        self._acknowledge_owned = _sql(_ACKNOWLEDGE_OWNED, n=n)
-        self._is_owned = _sql(_IS_OWNED, n=n)
-        self._renew = _sql(_RENEW, n=n)
-        self._retry = _sql(_RETRY, n=n)
-        self._fail = _sql(_FAIL, n=n)
-        self._release = _sql(_RELEASE, n=n, given_back=_GIVEN_BACK)
-        self._release_owned = _sql(_RELEASE_OWNED, n=n, given_back=_GIVEN_BACK)
+        self._claim = _sql(sql.CLAIM, n=n)
+        self._adopt = _sql(sql.ADOPT, n=n, s=s)
+        self._next_due = _sql(sql.NEXT_DUE, n=n)
+        self._hold = _sql(sql.HOLD, n=n)
+        self._recover = _sql(sql.RECOVER, n=n)
+        self._prune_failed = _sql(sql.PRUNE_FAILED, n=n)
+        self._dispatched = _sql(sql.DISPATCHED, n=n)
+        self._unpublished = _sql(sql.UNPUBLISHED, n=n, given_back=sql.GIVEN_BACK)
+        self._delete_published = _sql(sql.DELETE_PUBLISHED, n=n)
+        self._count_start = _sql(sql.COUNT_START, n=n)
+        self._take_locked = _sql(sql.TAKE_LOCKED, n=n, taken=sql.TAKEN)
+        self._acknowledge_locked = _sql(sql.ACKNOWLEDGE_LOCKED, n=n)
+        self._take_owned = _sql(sql.TAKE_OWNED, n=n, taken=sql.TAKEN)
+        self._acknowledge_owned = _sql(sql.ACKNOWLEDGE_OWNED, n=n)
+        self._is_owned = _sql(sql.IS_OWNED, n=n)
+        self._renew = _sql(sql.RENEW, n=n)
+        self._retry = _sql(sql.RETRY, n=n)
+        self._fail = _sql(sql.FAIL, n=n)
+        self._release = _sql(sql.RELEASE, n=n, given_back=sql.GIVEN_BACK)
+        self._release_owned = _sql(sql.RELEASE_OWNED, n=n, given_back=sql.GIVEN_BACK)
         self._installation = _sql("SELECT id FROM {i}", i=self.names.installation)
         self._ring = _sql("SELECT {p}pgpubsub_ring(:channel)", p=self.names.prefix)
-        self._acknowledge_committed = _sql(_ACKNOWLEDGE_COMMITTED, n=n)
-        self._release_lost = _sql(_RELEASE_LOST, n=n, given_back=_GIVEN_BACK)
-        self._fail_lost = _sql(_FAIL_LOST, n=n)
+        self._acknowledge_committed = _sql(sql.ACKNOWLEDGE_COMMITTED, n=n)
+        self._release_lost = _sql(sql.RELEASE_LOST, n=n, given_back=sql.GIVEN_BACK)
+        self._fail_lost = _sql(sql.FAIL_LOST, n=n)
 
     def installation(self, connection: Connection) -> uuid.UUID:
         """Return the installation's id."""
@@ -238,7 +233,7 @@ class Store:
 
     def now(self, connection: Connection) -> datetime.datetime:
         """Return the database's time."""
-        now: datetime.datetime = connection.execute(_NOW).scalar_one()
+        now: datetime.datetime = connection.execute(sql.NOW).scalar_one()
         return now
 
     def prune_failed(self, connection: Connection, subscriptions: Sequence[int], seconds: float) -> int:
@@ -332,15 +327,15 @@ class Store:
 
     def has_deferrable(self, connection: Connection) -> bool:
         """Whether any constraint of the database can be checked as late as COMMIT."""
-        return bool(connection.execute(_HAS_DEFERRABLE).scalar())
+        return bool(connection.execute(sql.HAS_DEFERRABLE).scalar())
 
     def idle_timeout(self, connection: Connection) -> float:
         """Return the seconds that a session of this role may be idle inside a transaction; 0 for no limit."""
-        return float(connection.execute(_IDLE_TIMEOUT).scalar_one()) / 1000
+        return float(connection.execute(sql.IDLE_TIMEOUT).scalar_one()) / 1000
 
     def was_committed(self, connection: Connection, transaction: int) -> bool:
         """Whether the transaction that took the rows has committed, by somebody else's doing."""
-        return connection.execute(_XACT_STATUS, {"transaction": str(transaction)}).scalar() == "committed"
+        return connection.execute(sql.XACT_STATUS, {"transaction": str(transaction)}).scalar() == "committed"
 
     def acknowledge_committed(self, connection: Connection, ids: Sequence[int], dispatches: int) -> int:
         """Delete rows whose effects are committed already, where they are still this message's."""
@@ -569,271 +564,3 @@ def _taken(row: Any) -> Taken:
 
 def _sql(template: str, **names: str) -> TextClause:
     return text(template.format(**names))
-
-
-# `= ANY (ARRAY(…))` rather than IN: the latter turns to a sequential scan at larger batches.
-# `+ 0` keeps the planner, with statistics from before a burst, from finding the rows by their subscription.
-# in_flight is counted by the same statement, from the index, at most a quota's worth of entries of each state.
-_CLAIM = """
-WITH quota AS MATERIALIZED (
-    SELECT q.*, flying.in_flight, flying.earliest
-    FROM (
-        SELECT subscription, most, lease, lease_max, with_payload,
-            coalesce(waiting_at, '-infinity') AS waiting_at, coalesce(waiting_id, 0) AS waiting_id,
-            coalesce(flying, '-infinity') AS flying_from, coalesce(expired, '-infinity') AS expired_from
-        FROM unnest(
-            CAST(:subscriptions AS int[]), CAST(:limits AS int[]), CAST(:leases AS float8[]),
-            CAST(:lease_maxima AS float8[]), CAST(:payloads AS boolean[]), CAST(:waiting_at AS timestamptz[]),
-            CAST(:waiting_id AS bigint[]), CAST(:flying AS timestamptz[]), CAST(:expired AS timestamptz[])
-        ) AS q (subscription, most, lease, lease_max, with_payload, waiting_at, waiting_id, flying, expired)
-    ) q CROSS JOIN LATERAL (
-        SELECT count(*) AS in_flight, min(f.available_at) AS earliest
-        FROM (VALUES ('dispatched'), ('running')) AS states (state) CROSS JOIN LATERAL (
-            SELECT c.available_at FROM {n} c
-            WHERE c.subscription = q.subscription AND c.state = states.state AND c.available_at >= q.flying_from
-            ORDER BY c.available_at, c.id LIMIT q.most
-        ) f
-    ) flying
-), lost AS MATERIALIZED (
-    SELECT l.id, l.available_at FROM quota q CROSS JOIN (VALUES ('dispatched'), ('running')) AS flying (state)
-    CROSS JOIN LATERAL (
-        SELECT c.id, c.available_at FROM {n} c
-        WHERE c.subscription = q.subscription AND c.state = flying.state
-            AND c.available_at >= q.expired_from AND c.available_at <= now()
-        ORDER BY c.available_at, c.id LIMIT least(q.most, :batch_size) FOR UPDATE SKIP LOCKED
-    ) l LIMIT :batch_size
-), fresh AS MATERIALIZED (
-    SELECT w.id, w.available_at FROM quota q CROSS JOIN LATERAL (
-        SELECT c.id, c.available_at FROM {n} c
-        WHERE c.subscription = q.subscription AND c.state = 'waiting'
-            AND (c.available_at, c.id) >= (q.waiting_at, q.waiting_id) AND c.available_at <= now()
-        ORDER BY c.available_at, c.id LIMIT greatest(0, least(q.most - q.in_flight, :batch_size)) FOR UPDATE SKIP LOCKED
-    ) w LIMIT greatest(0, :batch_size - (SELECT count(*) FROM lost))
-), picked AS (
-    SELECT id, available_at AS due, true AS was_lost FROM lost UNION ALL SELECT id, available_at, false FROM fresh
-), claimed AS (
-    UPDATE {n} n SET
-        state = CASE WHEN n.starts >= :max_starts THEN 'failed' ELSE 'dispatched' END,
-        owner = NULL,
-        dispatches = n.dispatches + 1,
-        available_at = CASE WHEN n.starts >= :max_starts THEN NULL
-            ELSE now() + make_interval(secs => least(q.lease * power(2, least(n.dispatches, 30)), q.lease_max)) END,
-        failed_at = CASE WHEN n.starts >= :max_starts THEN now() END,
-        error = CASE WHEN n.starts >= :max_starts THEN
-            'started ' || n.starts || ' times and never finished: '
-                || 'its worker was lost each time (killed, out of memory, or power)'
-        END
-    FROM quota q
-    WHERE n.id = ANY (ARRAY(SELECT id FROM picked)) AND q.subscription = n.subscription + 0
-    RETURNING n.id, n.subscription, n.state, n.dispatches, n.retries, n.operation, n.created_at,
-        CASE WHEN q.with_payload THEN n.payload END AS payload, CASE WHEN q.with_payload THEN n.context END AS context,
-        CASE WHEN q.with_payload THEN n.db_version END AS db_version
-)
-SELECT c.*, p.due, p.was_lost, NULL AS in_flight, NULL AS earliest, NULL AS now
-FROM claimed c JOIN picked p ON p.id = c.id
-UNION ALL
-SELECT NULL, q.subscription, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, q.in_flight, q.earliest, now()
-FROM quota q
-"""
-
-_NEXT_DUE = """
-SELECT extract(epoch FROM min(d.available_at) - clock_timestamp())
-FROM unnest(CAST(:subscriptions AS int[])) AS q (subscription)
-CROSS JOIN (VALUES ('waiting'), ('dispatched'), ('running')) AS live (state)
-CROSS JOIN LATERAL (
-    SELECT c.available_at FROM {n} c WHERE c.subscription = q.subscription AND c.state = live.state
-    ORDER BY c.available_at, c.id LIMIT 1
-) d
-"""
-
-# SKIP LOCKED: two bridges that start at once would otherwise wait for each other's rows.
-_ADOPT = """
-WITH first AS MATERIALIZED (
-    SELECT DISTINCT ON (names.name, wanted.operation) names.name, wanted.operation, s.id
-    FROM {s} s CROSS JOIN LATERAL unnest(s.channel || s.channel_aliases) AS names (name)
-    CROSS JOIN LATERAL unnest(s.operations) AS wanted (operation)
-    WHERE s.id = ANY (CAST(:subscriptions AS int[])) ORDER BY names.name, wanted.operation, s.id
-), orphan AS MATERIALIZED (
-    SELECT c.id, first.id AS subscription
-    FROM {n} c JOIN first ON first.name = c.channel AND first.operation = c.operation
-    WHERE c.subscription IS NULL FOR UPDATE OF c SKIP LOCKED
-)
-UPDATE {n} n SET subscription = orphan.subscription FROM orphan WHERE n.id = orphan.id
-"""
-
-_HOLD = """
-UPDATE {n} n SET state = 'held'
-WHERE n.subscription = ANY (CAST(:subscriptions AS int[])) AND n.state = 'waiting'
-    AND n.dispatches = 0 AND n.retries = 0 AND n.available_at <= now()
-"""
-
-# A recovered failed row keeps dispatches above zero, so that it travels alone.
-_RECOVER = """
-UPDATE {n} n SET state = 'waiting', available_at = now(), starts = 0, retries = 0, failed_at = NULL, error = NULL,
-    traceback = NULL, task_id = NULL, owner = NULL, dispatches = CASE WHEN n.state = 'failed' THEN 1 ELSE 0 END
-WHERE n.id = ANY (ARRAY(
-    SELECT r.id FROM unnest(CAST(:subscriptions AS int[])) AS q (subscription)
-    CROSS JOIN unnest(CAST(:states AS text[])) AS wanted (state) CROSS JOIN LATERAL (
-        SELECT c.id FROM {n} c WHERE c.subscription = q.subscription AND c.state = wanted.state
-            AND (c.failed_at IS NULL OR c.failed_at <= coalesce(CAST(:before AS timestamptz), 'infinity'))
-        ORDER BY c.available_at, c.id LIMIT :batch_size FOR UPDATE SKIP LOCKED
-    ) r LIMIT :batch_size
-))
-"""
-
-_PRUNE_FAILED = """
-DELETE FROM {n} n WHERE n.id = ANY (ARRAY(
-    SELECT c.id FROM {n} c
-    WHERE c.subscription = ANY (CAST(:subscriptions AS int[])) AND c.state = 'failed'
-        AND c.failed_at < now() - make_interval(secs => :seconds)
-    LIMIT 1000 FOR UPDATE SKIP LOCKED
-))
-"""
-
-# Rows that are still a message's, locked or not.
-_DISPATCHED = """
-SELECT p.id FROM {n} p JOIN unnest(CAST(:ids AS bigint[]), CAST(:dispatches AS int[])) AS c (id, dispatches)
-    ON p.id = c.id AND p.dispatches = c.dispatches
-WHERE p.state = 'dispatched'
-"""
-
-# What is given back without a delay keeps its place in the line: at its end, an outage of a second would cost the rows
-# that were in flight a whole backlog's time. The transaction may have begun long ago: a delay counts from this moment.
-_GIVEN_BACK = """CASE WHEN :delay > 0 THEN clock_timestamp() + make_interval(secs => :delay)
-        ELSE least(n.created_at, clock_timestamp()) END"""
-
-# A row that is locked has reached a worker after all: waiting for it would hold up everything else.
-_UNPUBLISHED = """
-UPDATE {n} n SET state = 'waiting', dispatches = n.dispatches - 1,
-    available_at = {given_back}
-WHERE n.id = ANY (ARRAY(
-    SELECT p.id FROM {n} p JOIN unnest(CAST(:ids AS bigint[]), CAST(:dispatches AS int[])) AS c (id, dispatches)
-        ON p.id = c.id AND p.dispatches = c.dispatches
-    WHERE p.state = 'dispatched' FOR UPDATE OF p SKIP LOCKED
-))
-RETURNING n.id
-"""
-
-_DELETE_PUBLISHED = """
-DELETE FROM {n} n WHERE n.id = ANY (ARRAY(
-    SELECT p.id FROM {n} p JOIN unnest(CAST(:ids AS bigint[]), CAST(:dispatches AS int[])) AS c (id, dispatches)
-        ON p.id = c.id AND p.dispatches = c.dispatches
-    WHERE p.state = 'dispatched' FOR UPDATE OF p SKIP LOCKED
-))
-RETURNING n.id
-"""
-
-_COUNT_START = """
-UPDATE {n} n SET starts = n.starts + 1
-WHERE n.id = ANY (ARRAY(
-    SELECT c.id FROM {n} c WHERE c.id = ANY (CAST(:ids AS bigint[])) AND c.state = 'dispatched'
-        AND c.dispatches = :dispatches FOR UPDATE SKIP LOCKED
-))
-RETURNING n.id
-"""
-
-_TAKE_LOCKED = """
-SELECT {taken}, pg_current_xact_id()::text AS transaction FROM {n} n
-WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'dispatched' AND n.dispatches = :dispatches
-ORDER BY n.id FOR UPDATE SKIP LOCKED
-"""
-
-_ACKNOWLEDGE_LOCKED = """
-DELETE FROM {n} n WHERE n.id = ANY (CAST(:ids AS bigint[])) AND pg_current_xact_id()::text = :transaction
-"""
-
-_ACKNOWLEDGE_COMMITTED = """
-DELETE FROM {n} n WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'dispatched' AND n.dispatches = :dispatches
-"""
-
-_NOW = text("SELECT clock_timestamp()")
-
-_HAS_DEFERRABLE = text("SELECT EXISTS (SELECT 1 FROM pg_catalog.pg_constraint WHERE condeferrable)")
-
-_IDLE_TIMEOUT = text("SELECT setting FROM pg_catalog.pg_settings WHERE name = 'idle_in_transaction_session_timeout'")
-
-_XACT_STATUS = text("SELECT pg_catalog.pg_xact_status(CAST(:transaction AS xid8))")
-
-_TAKE_OWNED = """
-UPDATE {n} n SET state = 'running', owner = CAST(:owner AS uuid), starts = n.starts + 1,
-    available_at = now() + make_interval(secs => :lease)
-WHERE n.id = ANY (ARRAY(
-    SELECT c.id FROM {n} c WHERE c.id = ANY (CAST(:ids AS bigint[])) AND c.state = 'dispatched'
-        AND c.dispatches = :dispatches FOR UPDATE SKIP LOCKED
-))
-RETURNING {taken}
-"""
-
-_ACKNOWLEDGE_OWNED = """
-DELETE FROM {n} n WHERE n.id = :id AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
-"""
-
-_IS_OWNED = """
-SELECT 1 FROM {n} n WHERE n.id = :id AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
-"""
-
-# Skips rows that an open `acknowledge(session)` has locked: waiting for one would starve the others' leases. Locks none
-# but its own: a take that met another's lock would drop its message.
-_RENEW = """
-UPDATE {n} n SET available_at = now() + make_interval(secs => r.lease)
-FROM unnest(CAST(:ids AS bigint[]), CAST(:leases AS float8[])) AS r (id, lease)
-WHERE n.id = r.id AND n.id = ANY (ARRAY(
-    SELECT c.id FROM {n} c JOIN unnest(CAST(:ids AS bigint[]), CAST(:owners AS uuid[])) AS o (id, owner)
-        ON c.id = o.id AND c.owner = o.owner
-    WHERE c.state = 'running' FOR UPDATE OF c SKIP LOCKED
-))
-RETURNING n.id
-"""
-
-# What a worker may change is what it took: under its owner token, or dispatched under its message's count.
-_MINE = """(
-    (CAST(:owner AS uuid) IS NOT NULL AND n.state = 'running' AND n.owner = CAST(:owner AS uuid))
-    OR (CAST(:owner AS uuid) IS NULL AND n.state = 'dispatched' AND n.dispatches = :dispatches)
-)"""
-
-_RETRY = (
-    """
-UPDATE {n} n SET state = 'waiting', owner = NULL, retries = :retries, dispatches = 0, starts = 0,
-    available_at = coalesce(CAST(:eta AS timestamptz), clock_timestamp() + make_interval(secs => :countdown))
-WHERE n.id = :id AND """
-    + _MINE
-)
-
-_FAIL = (
-    """
-UPDATE {n} n SET state = 'failed', owner = NULL, available_at = NULL, failed_at = clock_timestamp(), error = :error,
-    traceback = :traceback, task_id = :task_id
-WHERE n.id = ANY (CAST(:ids AS bigint[])) AND """
-    + _MINE
-    + " RETURNING n.id"
-)
-
-_RELEASE = """
-UPDATE {n} n SET state = 'waiting',
-    available_at = {given_back},
-    starts = greatest(0, n.starts - :started)
-WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'dispatched' AND n.dispatches = :dispatches
-RETURNING n.id
-"""
-
-_RELEASE_OWNED = """
-UPDATE {n} n SET state = 'waiting', owner = NULL,
-    available_at = {given_back},
-    starts = greatest(0, n.starts - :started)
-WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
-RETURNING n.id
-"""
-
-_RELEASE_LOST = """
-UPDATE {n} n SET state = 'waiting', owner = NULL,
-    available_at = {given_back}
-WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state IN ('dispatched', 'running') AND n.dispatches = :dispatches
-RETURNING n.id
-"""
-
-_FAIL_LOST = """
-UPDATE {n} n SET state = 'failed', owner = NULL, available_at = NULL, failed_at = clock_timestamp(), error = :error,
-    traceback = NULL, task_id = :task_id
-WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state IN ('dispatched', 'running') AND n.dispatches = :dispatches
-RETURNING n.id
-"""
