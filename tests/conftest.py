@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import logging
 import os
-import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,13 +27,6 @@ BROKER_DATABASES = 4096
 """More than there are tests with a broker: what one test's late process still writes is not the next one's."""
 
 _numbers = itertools.count()
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add what `make chaos` sets."""
-    group = parser.getgroup("chaos")
-    group.addoption("--chaos-seconds", type=float, default=10.0, help="how long each chaos test goes on (10)")
-    group.addoption("--chaos-seed", type=int, default=None, help="repeat the choices of an earlier run")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -122,23 +114,6 @@ def broker_url(valkey: EmbeddedValkey) -> Iterator[str]:
     yield url
     with contextlib.closing(redis.Redis.from_url(url)) as client:
         client.flushdb()
-
-
-@pytest.fixture
-def chaos_seconds(request: pytest.FixtureRequest) -> float:
-    """How long a chaos test is to go on."""
-    seconds: float = request.config.getoption("--chaos-seconds")
-    return seconds
-
-
-@pytest.fixture
-def chaos_random(request: pytest.FixtureRequest) -> random.Random:
-    """The source of a chaos test's choices; its seed is shown when the test fails."""
-    seed: int | None = request.config.getoption("--chaos-seed")
-    if seed is None:
-        seed = random.randrange(2**32)
-    print(f"Again with the same choices: --chaos-seed={seed}")  # noqa: T201 - pytest shows it with the failure
-    return random.Random(seed)
 
 
 @pytest.fixture
