@@ -223,7 +223,7 @@ class Bridge:
             # What was given back is before where the drain stood, and no worker has finished it.
             self._bounds = {}
             for pace in self._paces.values():
-                pace.skip()
+                pace.disregard()
         return _Looked(
             claimed=len(claim.rows),
             full=len(claim.rows) >= self._settings.batch_size,

@@ -57,7 +57,7 @@ class Pace:
         self._in_flight = in_flight + claimed
         self._at = now
 
-    def skip(self) -> None:
+    def disregard(self) -> None:
         """Learn nothing from what happens until the next claim: what went was in flight, and nobody finished it."""
         self._at = None
 

@@ -206,7 +206,7 @@ def test_no_commit_waits_for_the_sweep(bridges: Bridges, installed_engine: Engin
 
     def fall_asleep_first(number: int) -> None:
         if number % 2:
-            until(lambda: doors[-1] == "closed")
+            until(lambda: doors[-1:] == ["closed"])
 
     committed = write_rounds(bridges, installed_engine, ROUNDS, fall_asleep_first)
     assert committed > ROUNDS * WRITERS

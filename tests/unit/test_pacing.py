@@ -154,7 +154,7 @@ def test_what_was_given_back_was_not_finished() -> None:
     """After an outage of the broker less is in flight, which is no worker's doing."""
     pace = Pace(MOST, LEASE)
     pace.observe(in_flight=0, claimed=16, now=1.0)
-    pace.skip()
+    pace.disregard()
     pace.observe(in_flight=0, claimed=16, now=2.0)
     assert pace.rate == 0.0
     pace.observe(in_flight=0, claimed=16, now=3.0)
