@@ -61,7 +61,7 @@ def looking(
     @channel_task(Seen, app=app, name="looking.see")
     def see() -> None: ...
 
-    install(installed_engine)
+    install(installed_engine, channels=[Seen])
     published: list[tuple[int, ...]] = []
     outage: list[Exception] = []
 
