@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from celery.exceptions import Reject, SoftTimeLimitExceeded
-from sqlalchemy import Connection, event, text
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -24,11 +23,13 @@ from pgpubsub_celery.delivery import Delivery
 from pgpubsub_celery.errors import DecodeError, TransactionEndedError
 from pgpubsub_celery.runs import DONE, FAILED, RELEASED, RETRY, Run
 from pgpubsub_celery.store import Taken
+from pgpubsub_celery.transactions import ENDED, Transaction
 
 logger = logging.getLogger(__name__)
 
 SAVEPOINTS = 60
-"""Notifications in one transaction: above 64 the subtransaction cache overflows, for the whole server."""
+"""In one transaction, at most: above 64 the subtransaction cache overflows, for the whole server. A listener that
+leaves its session alone needs none, one that commits in between needs several."""
 
 SLOW_BUNDLE = 10
 """Times `bundle_target` after which a bundle commits what is done and gives the rest back."""
@@ -43,16 +44,6 @@ _SERIALIZATION = "40001"
 # A savepoint that is not there, or outside of any transaction: the listener has ended ours behind our back.
 _ENDED_STATES = {"3B001", "25P01"}
 _IDLE_TIMEOUT = "25P03"
-
-_ENDED = (
-    "The listener ended the transaction that its notification is acknowledged in: use session.commit() and "
-    "session.rollback(), which end at a savepoint, and never COMMIT, ROLLBACK or the connection's own methods."
-)
-_ENDING_STATEMENT = re.compile(
-    r"(?:\s+|/\*.*?\*/|--[^\n]*(?:\n|$)|;)*"
-    r"(?:commit|end|abort|begin|start\s+transaction|prepare\s+transaction|rollback(?!\s+(?:work\s+|transaction\s+)?to\b))\b",
-    re.IGNORECASE | re.DOTALL,
-)
 
 
 def sqlstate(exc: DBAPIError) -> str | None:
@@ -70,28 +61,37 @@ class LockedDelivery(Delivery):
             ids = self.begin(lambda: self._count_start(ids))
         started = time.monotonic()
         while ids:
-            chunk, ids = ids[:SAVEPOINTS], ids[SAVEPOINTS:]
-            if not self._run_chunk(chunk, started):
+            size = self._transaction_size()
+            chunk = self._run_chunk(ids[:size], started)
+            ids = chunk.beyond + ids[size:]
+            if chunk.cut_short:
                 self._settle_apart([], ids)
                 return
+
+    def _transaction_size(self) -> int:
+        """Return how many notifications are likely to fit into one transaction's savepoints."""
+        each = self.runtime.savepoints_each.get(self.listener.name, 1.0)
+        return len(self.envelope.ids) if each == 0 else max(1, int(SAVEPOINTS / each))
 
     def _count_start(self, ids: Sequence[int]) -> list[int]:
         with self.runtime.autocommit() as connection:
             return self.store.count_start(connection, ids, self.envelope.dispatches)
 
-    def _run_chunk(self, ids: Sequence[int], started: float) -> bool:
-        """Run one transaction's worth; False when the message's rest is to be given back."""
+    def _run_chunk(self, ids: Sequence[int], started: float) -> _Chunk:
+        """Run one transaction's worth of them."""
         chunk, settled = self.begin(lambda: self._transact(ids, started))
         if not settled:
             self._settle_apart(chunk.runs, chunk.left, chunk.number)
-        return not chunk.cut_short
+        return chunk
 
     def _transact(self, ids: Sequence[int], started: float) -> tuple[_Chunk, bool]:
         with self.runtime.connect() as connection:
-            transaction = _Transaction(connection)
+            transaction = Transaction(connection)
             with transaction.guarded():
                 chunk = _Chunk(self, connection, transaction, started)
                 chunk.run(ids)
+                if chunk.runs:
+                    self.runtime.savepoints_each[self.listener.name] = transaction.savepoints / len(chunk.runs)
                 return chunk, chunk.settled or chunk.settle()
 
     def write(self, connection: Connection, each: Sequence[Run], left: Sequence[int]) -> None:
@@ -153,7 +153,7 @@ class _Chunk:
     """The runs of one transaction."""
 
     def __init__(
-        self, delivery: LockedDelivery, connection: Connection, transaction: _Transaction, started: float
+        self, delivery: LockedDelivery, connection: Connection, transaction: Transaction, started: float
     ) -> None:
         self._delivery = delivery
         self._connection = connection
@@ -163,7 +163,9 @@ class _Chunk:
         """The transaction's id."""
         self.runs: list[Run] = []
         self.left: list[int] = []
-        """Rows taken and not come to."""
+        """Rows taken and not come to, to be given back."""
+        self.beyond: list[int] = []
+        """Rows that the next transaction is to take: this one's savepoints are used up."""
         self.cut_short = False
         """The rest of the message is to be given back."""
         self.settled = False
@@ -181,6 +183,9 @@ class _Chunk:
             if self._transaction.lost or self._must_stop(run) or (slow and not delivery.single):
                 self.left = [later.id for later in rows[position + 1 :]]
                 self.cut_short = True
+                return
+            if self._transaction.savepoints >= SAVEPOINTS:
+                self.beyond = [later.id for later in rows[position + 1 :]]
                 return
 
     def _must_stop(self, run: Run) -> bool:
@@ -211,6 +216,10 @@ class _Chunk:
         state = sqlstate(exc)
         if state in _CURABLE:
             return True
+        if state in _ENDED_STATES and self._transaction.alive():
+            # A savepoint of the run before this one is gone: that listener ended the transaction behind our back.
+            self._transaction.lose()
+            return True
         if state == _IDLE_TIMEOUT:
             # Its own pause was too long for the server: that would be so the next time, too.
             self._transaction.lose()
@@ -229,7 +238,7 @@ class _Chunk:
     def _acknowledge(self, ids: Sequence[int]) -> None:
         deleted = self._delivery.store.acknowledge_locked(self._connection, ids, self.number)
         if deleted != len(ids):
-            raise TransactionEndedError(_ENDED)
+            raise TransactionEndedError(ENDED)
 
     def settle(self) -> bool:
         """Acknowledge what is done, write the rest, commit; False when the transaction is lost."""
@@ -256,11 +265,10 @@ class _Chunk:
 class _Inside:
     """Calls a listener with a session of its own, whose commits and rollbacks end at a savepoint."""
 
-    def __init__(self, delivery: LockedDelivery, connection: Connection, transaction: _Transaction) -> None:
+    def __init__(self, delivery: LockedDelivery, connection: Connection, transaction: Transaction) -> None:
         self._delivery = delivery
         self._connection = connection
         self._transaction = transaction
-        self._returned = False
         self.committed = False
         """The listener committed its session: a later failure cannot be taken back to a savepoint."""
         self.before_return: Callable[[], None] | None = None
@@ -269,27 +277,40 @@ class _Inside:
         run = runs.current_run()
         assert run is not None
         session = self._delivery.runtime.session(self._connection)
-        event.listen(session, "before_commit", self._note_commit)
+        self._transaction.start_run()
         started = time.monotonic()
+        used = True
         try:
-            result = call(**kwargs, **run.injected(), session=session)
-            self._returned = True
-            self._finish(session)
+            try:
+                result = call(**kwargs, **run.injected(), session=session)
+            finally:
+                self.committed = self._transaction.listener_committed
+            used = self._finish(session)
         except BaseException:
             run.seconds = time.monotonic() - started
             with contextlib.suppress(Exception):
                 session.rollback()
             raise
         finally:
-            with contextlib.suppress(Exception):
-                session.close()
+            if used:
+                with contextlib.suppress(Exception):
+                    session.close()
         if run.retry_options is None and self.before_return is not None:
             self.before_return()
         return result
 
-    def _finish(self, session: Session) -> None:
-        single = self._delivery.single
-        if session.in_transaction() and not single and self._delivery.runtime.has_deferrable(self._connection):
+    def _finish(self, session: Session) -> bool:
+        """Commit the session, to its savepoint; False when there was nothing in it."""
+        used = bool(session.in_transaction() or session.new or session.dirty or session.deleted)
+        if used:
+            self._commit(session)
+        if not self._transaction.alive():
+            self._transaction.lose()
+            raise TransactionEndedError(ENDED)
+        return used
+
+    def _commit(self, session: Session) -> None:
+        if not self._delivery.single and self._delivery.runtime.has_deferrable(self._connection):
             # A constraint checked only at COMMIT would refuse the whole bundle. Rolling this check back keeps the
             # constraints deferred for the next one.
             session.flush()
@@ -301,81 +322,5 @@ class _Inside:
         except DBAPIError as exc:
             if sqlstate(exc) in _ENDED_STATES:
                 self._transaction.lose()
-                raise TransactionEndedError(_ENDED) from exc
+                raise TransactionEndedError(ENDED) from exc
             raise
-        if not self._transaction.alive():
-            self._transaction.lose()
-            raise TransactionEndedError(_ENDED)
-
-    def _note_commit(self, session: Session) -> None:
-        if not self._returned:
-            self.committed = True
-
-
-class _Transaction:
-    """The one transaction of a chunk, which only its delivery may end."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._ours = False
-        self._committed = False
-        self.lost = False
-        """It cannot or must not be committed any more, or its commit's outcome is unknown."""
-
-    @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Begin, refuse a listener's attempts to end the transaction, and leave nothing open."""
-        hooks = (
-            ("before_cursor_execute", self._check_statement),
-            ("commit", self._check_end),
-            ("rollback", self._check_end),
-        )
-        for name, hook in hooks:
-            event.listen(self._connection, name, hook)
-        try:
-            self._connection.begin()
-            yield
-        finally:
-            self._ours = True
-            for name, hook in hooks:
-                event.remove(self._connection, name, hook)
-            if self._committed:
-                pass
-            elif self.lost or not self.alive():
-                # Whatever state it is in, the pool is not to have it back.
-                self._connection.invalidate()
-            else:
-                self._connection.rollback()
-
-    def lose(self) -> None:
-        """Give the transaction up."""
-        self.lost = True
-
-    def alive(self) -> bool:
-        """Whether the transaction is still open."""
-        return self._connection.in_transaction() and not self._connection.invalidated
-
-    def commit(self) -> None:
-        """Commit; DBAPIError when the server refused or the connection was lost."""
-        if not self.alive():
-            raise TransactionEndedError(_ENDED)
-        self._ours = True
-        try:
-            self._connection.commit()
-            self._committed = True
-        except DBAPIError:
-            self.lost = True
-            raise
-        finally:
-            self._ours = False
-
-    def _check_end(self, _: Connection) -> None:
-        if not self._ours:
-            self.lost = True
-            raise TransactionEndedError(_ENDED)
-
-    def _check_statement(
-        self, conn: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
-    ) -> None:
-        if not self._ours and _ENDING_STATEMENT.match(statement):
-            raise TransactionEndedError(_ENDED)

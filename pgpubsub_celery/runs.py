@@ -7,13 +7,12 @@ Never talks to Postgres by itself; `delivery` does, before and after.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import logging
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from celery.exceptions import Ignore, Reject, Retry
@@ -232,11 +231,16 @@ def current_run() -> Run | None:
     return _stack.runs[-1] if _stack.runs else None
 
 
-@contextlib.contextmanager
-def entered(run: Run) -> Iterator[None]:
-    """Make `run` the thread's current one."""
-    _stack.runs.append(run)
-    try:
-        yield
-    finally:
+class entered:  # noqa: N801 - read as `with entered(run)`
+    """Make a run the thread's current one; a class, which costs a third of a generator."""
+
+    __slots__ = ("_run",)
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __enter__(self) -> None:
+        _stack.runs.append(self._run)
+
+    def __exit__(self, *_: object) -> None:
         _stack.runs.pop()

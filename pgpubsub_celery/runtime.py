@@ -12,24 +12,27 @@ import os
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 from celery import Celery
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.orm import Session
 
 from pgpubsub_celery.errors import SettingsError
 from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.store import Store
+from pgpubsub_celery.transactions import guarding
 from pgpubsub_celery.wakeups import CONNECT_ARGUMENTS
 
 logger = logging.getLogger(__name__)
 
 DEFERRABLE_SECONDS = 60.0
 
-_runtimes: dict[tuple[int, int], Runtime] = {}
+# By process, because a forked child inherits its parent's; an application that is gone leaves nothing behind.
+_runtimes: weakref.WeakKeyDictionary[Celery, tuple[int, Runtime]] = weakref.WeakKeyDictionary()
 _creating = threading.Lock()
 
 
@@ -41,23 +44,26 @@ class Runtime:
         self.store = Store(settings.schema)
         self._factory = _load_factory(settings.session_factory)
         self._engine: Engine | None = None
+        self._guard: Engine | None = None
         self._installation: uuid.UUID | None = None
         self._deferrable = False
         self._deferrable_at = float("-inf")
         self._lock = threading.Lock()
+        self.savepoints_each: dict[str, float] = {}
+        """By listener: savepoints that a run needed lately. Written by whichever thread has run some."""
         self.heartbeat = Heartbeat(self)
 
     @classmethod
     def of(cls, app: Celery) -> Runtime:
         """Return this process's runtime for `app`, made at first use."""
-        key = (os.getpid(), id(app))
-        runtime = _runtimes.get(key)
-        if runtime is None:
+        pid = os.getpid()
+        found = _runtimes.get(app)
+        if found is None or found[0] != pid:
             with _creating:
-                runtime = _runtimes.get(key)
-                if runtime is None:
-                    runtime = _runtimes[key] = cls(Settings.load(app.conf))
-        return runtime
+                found = _runtimes.get(app)
+                if found is None or found[0] != pid:
+                    found = _runtimes[app] = (pid, cls(Settings.load(app.conf)))
+        return found[1]
 
     @property
     def engine(self) -> Engine:
@@ -65,6 +71,7 @@ class Runtime:
         with self._lock:
             if self._engine is None:
                 self._engine = self._make_engine()
+                self._guard = guarding(self._engine)
             return self._engine
 
     def _make_engine(self) -> Engine:
@@ -76,15 +83,20 @@ class Runtime:
         engine = create_engine(
             self.settings.require_database_url(),
             connect_args={**CONNECT_ARGUMENTS, "application_name": "pgpubsub-worker"},
-            pool_pre_ping=True,
             max_overflow=100,
         )
         event.listen(engine, "connect", _notice_dead_clients)
+        event.listen(engine, "checkin", _note_idle)
+        event.listen(engine, "checkout", _Awake(engine))
         return engine
 
     def connect(self) -> Connection:
         """Return a connection for a listener's transaction (READ COMMITTED, which the row locks rely on)."""
-        return self.engine.connect().execution_options(isolation_level="READ COMMITTED")
+        return (self._guard or self._guarded()).connect()
+
+    def _guarded(self) -> Engine:
+        engine = self.engine
+        return self._guard or engine
 
     def autocommit(self) -> Connection:
         """Return a connection on which each statement is its own transaction."""
@@ -179,6 +191,33 @@ def _load_factory(path: str | None) -> Any:
             f"session_factory is {path!r}, which cannot be imported ({exc}): "
             "expected the dotted path of a sessionmaker, for example 'blog.db:Session'."
         ) from exc
+
+
+IDLE_SECONDS = 1.0
+"""Connections that were in the pool for longer are tried before they are used; a round trip each time costs more than
+the retry of a first statement on a dead one."""
+
+
+class _Awake:
+    """Of a pool: replaces connections that died while they were idle."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._dialect = engine.dialect
+
+    def __call__(self, connection: Any, record: Any, _: object) -> None:
+        idle_since = record.info.get("pgpubsub_idle_since")
+        if idle_since is None or time.monotonic() - idle_since <= IDLE_SECONDS:
+            return
+        try:
+            alive = self._dialect.do_ping(connection)
+        except self._dialect.loaded_dbapi.Error:
+            alive = False
+        if not alive:
+            raise DisconnectionError("the connection died while it was idle")
+
+
+def _note_idle(_: object, record: Any) -> None:
+    record.info["pgpubsub_idle_since"] = time.monotonic()
 
 
 def _notice_dead_clients(connection: Any, _: object) -> None:

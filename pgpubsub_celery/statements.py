@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sqlalchemy import text
 
+# In the order of store.Taken's fields.
 TAKEN = (
     "n.id, n.channel, n.subscription, n.operation, n.payload, n.context, n.created_at, n.db_version, n.dispatches, "
     "n.starts, n.retries"

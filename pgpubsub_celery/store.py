@@ -12,7 +12,7 @@ import datetime
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, TextClause, text
 
@@ -98,9 +98,8 @@ class Claim:
     """For the next claim's quotas: the subscriptions of which this one may have left something."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Taken:
-    """A row as the worker that runs its listener sees it."""
+class Taken(NamedTuple):
+    """A row as the worker that runs its listener sees it; the columns of `statements.TAKEN`, in its order."""
 
     id: int
     channel: str
@@ -547,19 +546,7 @@ def _in_order(rows: Sequence[Any]) -> list[Taken]:
 
 
 def _taken(row: Any) -> Taken:
-    return Taken(
-        id=row.id,
-        channel=row.channel,
-        subscription=row.subscription,
-        operation=row.operation,
-        payload=row.payload,
-        context=row.context,
-        created_at=row.created_at,
-        db_version=row.db_version,
-        dispatches=row.dispatches,
-        starts=row.starts,
-        retries=row.retries,
-    )
+    return Taken._make(row[: len(Taken._fields)])
 
 
 def _sql(template: str, **names: str) -> TextClause:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from celery import Celery, signals
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from pgpubsub_celery import Channel, channel_task, notify, notify_many
 from pgpubsub_celery.messages import Message
+from pgpubsub_celery.runtime import Runtime
 from tests.fixtures.deliveries import Deliveries
 
 SECRET = "correct horse battery staple"
@@ -618,6 +619,42 @@ def test_more_than_sixty_notifications_take_several_transactions(bundled: Work) 
     assert sorted(transactions.count(one) for one in set(transactions)) == [40, 60]
 
 
+def test_listeners_that_leave_their_session_alone_share_one_transaction(bundled: Work) -> None:
+    """Without savepoints nothing can overflow: once that is known, a message is one transaction."""
+    bundled.do = lambda task, value, session: None
+    runtime = Runtime.of(bundled.app)
+    runtime.installation()
+    commits: list[int] = []
+    with runtime.connect() as connection:
+        event.listen(connection.engine, "commit", lambda _: commits.append(1))
+    for expected in (2, 1):
+        bundled.emit(*range(100))
+        (message,) = bundled.deliveries.claim()
+        bundled.deliveries.deliver(message)
+        assert len(commits) == expected
+        commits.clear()
+    assert bundled.rows() == []
+
+
+def test_savepoints_that_turn_out_to_be_many_end_the_transaction_early(bundled: Work) -> None:
+    """A listener that commits in between needs several: never more than sixty-four in a transaction."""
+    transactions: list[int] = []
+
+    def do(task: Any, value: int, session: Session) -> None:
+        for _ in range(4):
+            bundled.effect(session, value)
+            session.commit()
+            transactions.append(session.execute(text("SELECT pg_current_xact_id()::text")).scalar_one())
+
+    bundled.do = do
+    bundled.emit(*range(40))
+    (message,) = bundled.deliveries.claim()
+    bundled.deliveries.deliver(message)
+    assert bundled.effects == sorted(list(range(40)) * 4)
+    assert max(transactions.count(one) for one in set(transactions)) <= 64
+    assert bundled.rows() == []
+
+
 # Retries
 
 
@@ -906,13 +943,11 @@ def test_without_a_database_the_message_ends_quietly(app: Celery, installed_engi
     work = Work(app, installed_engine)
     work.emit(1)
     (message,) = work.deliveries.claim()
-    from pgpubsub_celery.runtime import Runtime
-
     runtime = Runtime.of(app)
     runtime.installation()
     runtime.engine.dispose()
     broken = create_engine("postgresql+psycopg2://postgres@127.0.0.1:1/none")
-    runtime._engine = broken
+    runtime._engine = runtime._guard = broken
     result = work.deliveries.deliver(message)
     assert result.info is None
     assert "unavailable" in result.retstr

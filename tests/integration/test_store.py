@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import functools
 import threading
@@ -81,7 +80,7 @@ def test_take_locked_returns_the_messages_rows_in_order(notifications: Notificat
         assert transaction == int(connection.execute(text("SELECT pg_current_xact_id()::text")).scalar_one())
     assert [row.id for row in rows] == ids
     stored = notifications.row(ids[0])
-    assert dataclasses.asdict(rows[0]) == {name: stored[name] for name in dataclasses.asdict(rows[0])}
+    assert rows[0]._asdict() == {name: stored[name] for name in rows[0]._fields}
     assert (rows[0].payload, rows[0].context, rows[0].retries) == ({"a": [1, None]}, {"b": 2}, 4)
 
 

@@ -110,7 +110,7 @@ def test_a_notification_has_the_same_task_id_in_each_of_its_runs() -> None:
         for dispatches in (1, 2, 3)
         for message in build_messages([row(5, dispatches=dispatches)], {1: address("a", bundle=9)}, INSTALLATION)
     }
-    assert ids == {notification_task_id(INSTALLATION, 5)}
+    assert ids == {notification_task_id(INSTALLATION, 5)} == {str(uuid.uuid5(INSTALLATION, "5"))}
     assert notification_task_id(uuid.UUID(int=8), 5) not in ids
     assert notification_task_id(INSTALLATION, 6) not in ids
 
@@ -224,3 +224,9 @@ def test_a_malformed_envelope_is_refused(body: dict[str, Any]) -> None:
     """It is said that it is the message, and what is wrong with it."""
     with pytest.raises(DecodeError, match=r"The message's envelope is malformed \(\w+: .+\)\."):
         Envelope.from_kwargs(body)
+
+
+def test_task_ids_are_version_5_uuids_of_the_installation() -> None:
+    """Whatever makes them quicker, they are what uuid.uuid5 says."""
+    for id in (1, 42, 10**18, *random.Random(5).sample(range(10**12), 500)):
+        assert notification_task_id(INSTALLATION, id) == str(uuid.uuid5(INSTALLATION, str(id)))

@@ -1,0 +1,206 @@
+"""The one transaction in which notifications are run and acknowledged, guarded, and cheap where it is short.
+
+Owns the defence of a delivery's transaction against whoever would end it, and the savepoints of the sessions inside it.
+A listener's savepoint costs two round trips where SQLAlchemy sends it, which is most of what a short listener costs. So
+it is released only together with what follows: the next savepoint, or the end of the transaction. Never commits by
+itself, and never decides what becomes of a notification.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.exc import DBAPIError
+
+from pgpubsub_celery.errors import TransactionEndedError
+
+ENDED = (
+    "The listener ended the transaction that its notification is acknowledged in: use session.commit() and "
+    "session.rollback(), which end at a savepoint, and never COMMIT, ROLLBACK or the connection's own methods."
+)
+
+_ENDING_STATEMENT = re.compile(
+    r"(?:\s+|/\*.*?\*/|--[^\n]*(?:\n|$)|;)*"
+    r"(?:commit|end|abort|begin|start\s+transaction|prepare\s+transaction|rollback(?!\s+(?:work\s+|transaction\s+)?to\b))\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+_KEY = "pgpubsub_transaction"
+
+
+class Transaction:
+    """The one transaction of some runs, which only their delivery may end. Its connection is of a `guarding` engine."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._ours = True
+        self._committed = False
+        self.lost = False
+        """It cannot or must not be committed any more, or its commit's outcome is unknown."""
+        self.unreleased: str | None = None
+        """A savepoint that is done with, and still there."""
+        self.savepoints = 0
+        """How many were set: above 64 the subtransaction cache overflows, for the whole server."""
+        self.outermost: str | None = None
+        """The savepoint of the running listener's session."""
+        self.listener_committed = False
+        """The running listener has committed its session: what it did until then cannot be taken back alone."""
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Begin, refuse a listener's attempts to end the transaction, and leave nothing open."""
+        self._connection.info[_KEY] = self
+        try:
+            self._connection.begin()
+            self._ours = False
+            yield
+        finally:
+            self._ours = True
+            if self._committed:
+                self._connection.info.pop(_KEY, None)
+            elif self.lost or not self.alive():
+                # Whatever state it is in, the pool is not to have it back.
+                self._connection.invalidate()
+            else:
+                self._connection.info.pop(_KEY, None)
+                self._connection.rollback()
+
+    def lose(self) -> None:
+        """Give the transaction up."""
+        self.lost = True
+
+    def alive(self) -> bool:
+        """Whether the transaction is still open."""
+        return self._connection.in_transaction() and not self._connection.invalidated
+
+    def commit(self) -> None:
+        """Commit; DBAPIError when the server refused or the connection was lost."""
+        if not self.alive():
+            raise TransactionEndedError(ENDED)
+        self._ours = True
+        try:
+            self._connection.commit()
+            self._committed = True
+        except DBAPIError:
+            self.lost = True
+            raise
+        finally:
+            self._ours = False
+
+    def start_run(self) -> None:
+        """A listener is about to be given a session in this transaction."""
+        self.outermost = None
+        self.listener_committed = False
+
+    def check_end(self) -> None:
+        """Refuse to end the transaction for anybody else."""
+        if not self._ours:
+            self.lost = True
+            raise TransactionEndedError(ENDED)
+
+    def check_statement(self, statement: str) -> None:
+        """Refuse a statement that would end the transaction."""
+        if not self._ours and _ENDING_STATEMENT.match(statement):
+            raise TransactionEndedError(ENDED)
+
+
+def guarding(engine: Engine) -> Engine:
+    """Return an engine on the same pool whose connections can carry a `Transaction`.
+
+    READ COMMITTED, which row locks rely on. The engine that was given, which may be the application's own, stays as it
+    is.
+    """
+    guard = engine.execution_options(isolation_level="READ COMMITTED")
+    dialect: Any = copy.copy(engine.dialect)
+    dialect.do_savepoint = _set_savepoint
+    dialect.do_rollback_to_savepoint = _roll_back_to_savepoint
+    dialect.do_release_savepoint = _release_savepoint
+    guard.dialect = dialect
+    event.listen(guard, "before_cursor_execute", _before_cursor_execute)
+    event.listen(guard, "commit", _before_end)
+    event.listen(guard, "rollback", _before_end)
+    return guard
+
+
+def _before_cursor_execute(
+    conn: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+) -> None:
+    transaction = conn.info.get(_KEY)
+    if transaction is not None:
+        transaction.check_statement(statement)
+
+
+def _before_end(conn: Connection) -> None:
+    if not conn.invalidated:
+        transaction = conn.info.get(_KEY)
+        if transaction is not None:
+            transaction.check_end()
+
+
+# Of a dialect: savepoints sent as they are, without the cost of a statement, and released late.
+
+
+def _set_savepoint(connection: Connection, name: str) -> None:
+    transaction: Transaction | None = connection.info.get(_KEY)
+    if transaction is None:
+        _send(connection, f"SAVEPOINT {name}")
+        return
+    release = "" if transaction.unreleased is None else f"RELEASE SAVEPOINT {transaction.unreleased}; "
+    transaction.unreleased = None
+    _send(connection, f"{release}SAVEPOINT {name}")
+    transaction.savepoints += 1
+    if transaction.outermost is None:
+        transaction.outermost = name
+
+
+def _roll_back_to_savepoint(connection: Connection, name: str) -> None:
+    transaction: Transaction | None = connection.info.get(_KEY)
+    if transaction is not None:
+        # Set later than this one, so gone with it.
+        transaction.unreleased = None
+        if transaction.outermost == name:
+            transaction.outermost = None
+    _send(connection, f"ROLLBACK TO SAVEPOINT {name}")
+
+
+def _release_savepoint(connection: Connection, name: str) -> None:
+    transaction: Transaction | None = connection.info.get(_KEY)
+    if transaction is None or not _healthy(connection):
+        # In a transaction that has failed, or been ended, this is what says so, to who is to blame.
+        _send(connection, f"RELEASE SAVEPOINT {name}")
+        return
+    # One that is released later was set earlier, and takes those within it along.
+    transaction.unreleased = name
+    if transaction.outermost == name:
+        transaction.outermost = None
+        transaction.listener_committed = True
+
+
+def _healthy(connection: Connection) -> bool:
+    """Whether the driver believes the connection to be inside a transaction that has not failed."""
+    info = getattr(connection.connection.dbapi_connection, "info", None)
+    # libpq's PQTRANS_INTRANS, in both drivers.
+    return info is not None and int(info.transaction_status) == 2
+
+
+def _send(connection: Connection, statement: str) -> None:
+    """Execute without parameters and results; an error comes as SQLAlchemy's, as from any statement."""
+    dialect: Any = connection.dialect
+    try:
+        cursor = connection.connection.cursor()
+        try:
+            cursor.execute(statement)
+        finally:
+            cursor.close()
+    except dialect.loaded_dbapi.Error as exc:
+        lost = dialect.is_disconnect(exc, connection.connection, None)
+        if lost:
+            connection.invalidate(exc)
+        raise DBAPIError.instance(
+            statement, None, exc, dialect.loaded_dbapi.Error, connection_invalidated=lost, dialect=dialect
+        ) from exc
