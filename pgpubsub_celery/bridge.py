@@ -21,7 +21,7 @@ from pgpubsub_celery import subscriptions
 from pgpubsub_celery.apps import load_app
 from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.channels import Channel, select_channels
-from pgpubsub_celery.dispatch import Dispatched, Dispatcher
+from pgpubsub_celery.dispatch import Dispatched, Dispatcher, Standing
 from pgpubsub_celery.emit import EnqueuedTask
 from pgpubsub_celery.errors import ConnectionLostError, NotInstalledError, ReadOnlyDatabaseError
 from pgpubsub_celery.listeners import Listener, registered_listeners
@@ -56,6 +56,9 @@ lease."""
 
 RINGS_UNDER_LOAD = 50
 """Rings in a second of sleep above which the bridge stays awake, so that writers need not ring."""
+
+MEASURE_SECONDS = 1.0
+"""How often a bridge that is publishing looks how long listeners' runs take."""
 
 KEEPER_SECONDS = 2.0
 """How often a bridge that is not the keeper of a channel looks whether it should be."""
@@ -120,6 +123,7 @@ class Bridge:
         self._paces: dict[int, Pace] = {}
         self._bounds: Mapping[int, Bound] = {}
         self._turn = 0
+        self._measure_at = float("-inf")
 
     def run(self) -> None:
         """Listen until the control says stop; reconnect for as long as that takes."""
@@ -143,7 +147,7 @@ class Bridge:
     def _serve(self, link: Link) -> None:
         link.require_primary()
         installation = link.require_installed(VERSION)
-        dispatcher = Dispatcher(self._app, self._store, self._broker, installation)
+        dispatcher = Dispatcher(self._app, self._store, self._broker, installation, self._settings)
         # It listens before it looks, so that nothing falls between.
         link.listen([channel.listen_safe_name() for channel in (*self._stored, *self._unstored)])
         listeners = self._subscribe(link)
@@ -211,12 +215,19 @@ class Bridge:
         for row in claim.rows:
             if not row.was_lost:  # those are counted in flight already
                 claimed[row.subscription] = claimed.get(row.subscription, 0) + 1
+        full = len(claim.rows) >= self._settings.batch_size
+        standings: dict[int, Standing] = {}
         limited = False
         for quota in quotas:
-            in_flight = claim.in_flight.get(quota.subscription, 0)
-            self._paces[quota.subscription].observe(in_flight, claimed.get(quota.subscription, 0), now)
-            limited = limited or in_flight + claimed.get(quota.subscription, 0) >= quota.limit
-        outcome = dispatcher.dispatch(link.claims, claim.rows) if claim.rows else Dispatched(0, None)
+            id, in_flight = quota.subscription, claim.in_flight.get(quota.subscription, 0)
+            self._paces[id].observe(in_flight, claimed.get(id, 0), now)
+            used_up = in_flight + claimed.get(id, 0) >= quota.limit
+            limited = limited or used_up
+            standings[id] = Standing(in_flight=in_flight, more=full or used_up)
+        if claim.rows and now >= self._measure_at:
+            self._measure_at = now + MEASURE_SECONDS
+            dispatcher.measured = self._store.run_times(link.claims, list(listeners))
+        outcome = dispatcher.dispatch(link.claims, claim.rows, standings) if claim.rows else Dispatched(0, None)
         if claim.rows:
             logger.debug("claimed %d, published %d", len(claim.rows), outcome.published)
         if outcome.outage is not None:
@@ -226,7 +237,7 @@ class Bridge:
                 pace.disregard()
         return _Looked(
             claimed=len(claim.rows),
-            full=len(claim.rows) >= self._settings.batch_size,
+            full=full,
             limited=limited,
             outage=outcome.outage,
         )
@@ -274,6 +285,7 @@ class Bridge:
     def sweep(self, link: Link, listeners: Mapping[int, Listener]) -> None:
         """Do what need not be done at once: adopt what had no listener, drop failed rows past their retention."""
         self._store.adopt(link.claims, list(listeners))
+        self._store.forget_run_times(link.claims)
         if self._settings.failed_retention is not None:
             self._store.prune_failed(link.claims, list(listeners), self._settings.failed_retention)
 

@@ -11,23 +11,40 @@ import dataclasses
 import functools
 import logging
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from celery import Celery
+from celery.backends.base import DisabledBackend
 from kombu import Producer
 from sqlalchemy import Connection
 
 from pgpubsub_celery.broker import Broker, Publication
+from pgpubsub_celery.bundles import Bundling
 from pgpubsub_celery.channels import Channel
 from pgpubsub_celery.emit import EnqueuedTask
 from pgpubsub_celery.listeners import Listener, listeners_of
 from pgpubsub_celery.messages import Address, Envelope, Message, build_messages
 from pgpubsub_celery.runs import one_line
+from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.signatures import publish_signature
-from pgpubsub_celery.store import Claimed, Store
+from pgpubsub_celery.store import Claimed, Measured, Store
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """How one listener stood when some of its notifications were claimed."""
+
+    in_flight: int = 0
+    """Published before, and not finished."""
+    more: bool = False
+    """What was claimed is not all that is due."""
+
+
+_NEW = Standing()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,20 +59,31 @@ class Dispatched:
 class Dispatcher:
     """Publishes the notifications of the listeners that this process knows."""
 
-    def __init__(self, app: Celery, store: Store, broker: Broker, installation: uuid.UUID) -> None:
+    def __init__(self, app: Celery, store: Store, broker: Broker, installation: uuid.UUID, settings: Settings) -> None:
         self._app = app
         self._store = store
         self._broker = broker
         self._installation = installation
+        self._settings = settings
         self._listeners: Mapping[int, Listener] = {}
+        self._bundlings: Mapping[int, Bundling] = {}
+        self.measured: Mapping[int, Measured] = {}
+        """How listeners' runs went lately, by subscription; set by the bridge."""
 
     def know(self, listeners: Mapping[int, Listener]) -> None:
         """Set the listeners, by subscription, that claimed rows can be for."""
         self._listeners = listeners
+        self._bundlings = {id: bundling_of(listener, self._app, self._settings) for id, listener in listeners.items()}
 
-    def dispatch(self, connection: Connection, claimed: Sequence[Claimed]) -> Dispatched:
+    def dispatch(
+        self, connection: Connection, claimed: Sequence[Claimed], standings: Mapping[int, Standing] | None = None
+    ) -> Dispatched:
         """Publish claimed rows and settle those that were not confirmed, or that go once they were."""
-        addresses = {id: self._address(listener) for id, listener in self._listeners.items()}
+        fresh = Counter(row.subscription for row in claimed if row.dispatches == 1)
+        addresses = {
+            id: self._address(id, fresh[id], (standings or {}).get(id, _NEW))
+            for id in {row.subscription for row in claimed}
+        }
         enqueued = [row for row in claimed if self._listeners[row.subscription].channel is EnqueuedTask]
         others = [row for row in claimed if self._listeners[row.subscription].channel is not EnqueuedTask]
         messages = build_messages(others, addresses, self._installation)
@@ -97,13 +125,20 @@ class Dispatcher:
         failed = [outcome for outcome in self._broker.publish(publications) if outcome is not None]
         return failed[0] if failed else None
 
-    def _address(self, listener: Listener) -> Address:
-        channel = listener.channel
+    def _address(self, id: int, rows: int, standing: Standing) -> Address:
+        listener = self._listeners[id]
+        channel, measured = listener.channel, self.measured.get(id)
         return Address(
             channel=channel.name(),
             listener=listener.name,
             task=listener.name,
-            bundle=listener.bundle or 1,
+            bundle=self._bundlings[id].size(
+                rows,
+                mean_seconds=None if measured is None else measured.mean_seconds,
+                processes=0 if measured is None else measured.processes,
+                in_flight=standing.in_flight,
+                more=standing.more,
+            ),
             carries=channel.acknowledge == "published",
         )
 
@@ -139,6 +174,37 @@ class Dispatcher:
         for id, dispatches in rows:
             logger.error("Notification %s %s", id, told)
             self._store.fail(connection, [id], owner=None, dispatches=dispatches, error=told, traceback=None)
+
+
+def bundling_of(listener: Listener, app: Celery, settings: Settings) -> Bundling:
+    """Return how a listener's notifications may be put together.
+
+    Not at all, unless asked for, where each is a task of its own to somebody: with a result that is kept, a rate limit,
+    or when the message itself is the record (`acknowledge="published"`).
+    """
+    bundle = listener.bundle
+    if bundle is None:
+        bundle = "auto" if listener.wants_session else 1
+    if bundle != "auto":
+        return Bundling(most=bundle)
+    task = app.tasks.get(listener.name)
+    if task is None or listener.channel.acknowledge == "published":
+        return Bundling()
+    kept = not task.ignore_result and not isinstance(app.backend, DisabledBackend)
+    if kept or task.rate_limit:
+        return Bundling()
+    limits = (
+        task.soft_time_limit,
+        task.time_limit,
+        app.conf.task_soft_time_limit,
+        app.conf.task_time_limit,
+    )
+    return Bundling(
+        most=settings.bundle_max,
+        automatic=True,
+        target=settings.bundle_target,
+        time_limit=min((float(limit) for limit in limits if limit), default=None),
+    )
 
 
 def _publish_notifications(message: Message, app: Celery, producer: Producer) -> None:

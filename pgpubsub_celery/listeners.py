@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 from pgpubsub_celery.channels import Channel, TriggerChannel, channel_field_names, check_declared
 from pgpubsub_celery.errors import ListenerError, did_you_mean
@@ -41,8 +41,8 @@ class Listener:
     filter: Any = None
     aliases: tuple[str, ...] = ()
     """Names that the task had in earlier releases."""
-    bundle: int | None = None
-    """Notifications in one message, at most; None lets the bridge choose."""
+    bundle: int | Literal["auto"] | None = None
+    """Notifications in one message, at most; "auto" as many as are soon done; None is "auto" with `session`, else 1."""
 
     @property
     def wants_session(self) -> bool:

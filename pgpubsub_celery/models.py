@@ -1,7 +1,7 @@
 """The tables of this package, as SQLAlchemy models in a metadata of their own.
 
-Owns the shape of what is stored: notifications, subscriptions, channels, and the installation's
-identity. Never runs a statement; `store` does. Users may query `Notification` like any model, and
+Owns the shape of what is stored: notifications, subscriptions, channels, the listeners' run times, and the
+installation's identity. Never runs a statement; `store` does. Users may query `Notification` like any model, and
 give `metadata` to Alembic beside their own.
 """
 
@@ -15,6 +15,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     DateTime,
+    Double,
     Identity,
     Index,
     Integer,
@@ -89,6 +90,23 @@ class Subscription(_Base):
     aliases: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default=_EMPTY_ARRAY)
     operations: Mapped[list[str]] = mapped_column(ARRAY(Text))
     created_at: Mapped[datetime.datetime] = mapped_column(DateTime(timezone=True), server_default=_NOW)
+
+
+class RunTime(_Base):
+    """How long a listener's runs took lately in one worker process, which reports it now and then.
+
+    A table of its own, because every writer reads the subscriptions: what changes every few seconds must not be there.
+    """
+
+    __tablename__ = "pgpubsub_run_time"
+
+    subscription: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    process: Mapped[uuid.UUID] = mapped_column(UUID(as_uuid=True), primary_key=True)
+    mean_seconds: Mapped[float] = mapped_column(Double)
+    """Of one notification, its share of the bundle's own work included."""
+    runs: Mapped[int] = mapped_column(BigInteger)
+    """How many the mean is of."""
+    measured_at: Mapped[datetime.datetime] = mapped_column(DateTime(timezone=True), server_default=_NOW)
 
 
 class Notification(_Base):

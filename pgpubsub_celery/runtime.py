@@ -22,6 +22,7 @@ from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.orm import Session
 
 from pgpubsub_celery.errors import SettingsError
+from pgpubsub_celery.measuring import Means
 from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.store import Store
 from pgpubsub_celery.transactions import guarding
@@ -49,6 +50,9 @@ class Runtime:
         self._deferrable = False
         self._deferrable_at = float("-inf")
         self._lock = threading.Lock()
+        self.process = uuid.uuid4()
+        """Names this process in what it measures."""
+        self.means = Means()
         self.savepoints_each: dict[str, float] = {}
         """By listener: savepoints that a run needed lately. Written by whichever thread has run some."""
         self.heartbeat = Heartbeat(self)

@@ -62,6 +62,11 @@ class Names:
         return self.prefix + "pgpubsub_channel"
 
     @property
+    def run_time(self) -> str:
+        """The qualified table of how long listeners' runs take."""
+        return self.prefix + "pgpubsub_run_time"
+
+    @property
     def installation(self) -> str:
         """The qualified table of this installation's one row."""
         return self.prefix + "pgpubsub_installation"

@@ -280,3 +280,22 @@ UPDATE {n} n SET state = 'failed', owner = NULL, available_at = NULL, failed_at 
 WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state IN ('dispatched', 'running') AND n.dispatches = :dispatches
 RETURNING n.id
 """
+
+# Each process has its row: nobody waits for anybody.
+REPORT_RUN_TIME = """
+INSERT INTO {t} AS t (subscription, process, mean_seconds, runs, measured_at)
+VALUES (:subscription, CAST(:process AS uuid), :mean_seconds, :runs, now())
+ON CONFLICT (subscription, process) DO UPDATE
+    SET mean_seconds = excluded.mean_seconds, runs = excluded.runs, measured_at = excluded.measured_at
+"""
+
+RUN_TIMES = """
+SELECT t.subscription, sum(t.mean_seconds * t.runs) / sum(t.runs) AS mean_seconds, count(*) AS processes
+FROM {t} t
+WHERE t.subscription = ANY (CAST(:subscriptions AS int[])) AND t.measured_at > now() - make_interval(secs => :seconds)
+GROUP BY t.subscription
+"""
+
+FORGET_RUN_TIMES = """
+DELETE FROM {t} t WHERE t.measured_at < now() - make_interval(secs => :seconds)
+"""

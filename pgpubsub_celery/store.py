@@ -28,6 +28,9 @@ PATIENCE = (0.005, 0.02, 0.05, 0.1, 0.2)
 """Seconds between attempts at rows that are as they should be, but locked: by another bridge's claim, for moments, or
 by a run, for long."""
 
+RUN_TIME_SECONDS = 3600.0
+"""How long what a worker process has measured counts."""
+
 BOUND_SECONDS = 30.0
 """How long a drain may go without looking at everything once more."""
 
@@ -114,6 +117,14 @@ class Taken(NamedTuple):
     retries: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """How a listener's runs went lately, in all worker processes that said so."""
+
+    mean_seconds: float
+    processes: int
+
+
 class Store:
     """The statements for one schema. Stateless; may be shared by threads and processes."""
 
@@ -145,6 +156,9 @@ class Store:
         self._acknowledge_committed = _sql(sql.ACKNOWLEDGE_COMMITTED, n=n)
         self._release_lost = _sql(sql.RELEASE_LOST, n=n, given_back=sql.GIVEN_BACK)
         self._fail_lost = _sql(sql.FAIL_LOST, n=n)
+        self._report_run_time = _sql(sql.REPORT_RUN_TIME, t=self.names.run_time)
+        self._run_times = _sql(sql.RUN_TIMES, t=self.names.run_time)
+        self._forget_run_times = _sql(sql.FORGET_RUN_TIMES, t=self.names.run_time)
 
     def installation(self, connection: Connection) -> uuid.UUID:
         """Return the installation's id."""
@@ -285,6 +299,28 @@ class Store:
                 break
             time.sleep(pause)
         return done
+
+    def run_times(self, connection: Connection, subscriptions: Sequence[int]) -> dict[int, Measured]:
+        """Return what worker processes have measured of these within `RUN_TIME_SECONDS`, where they have."""
+        rows = connection.execute(
+            self._run_times, {"subscriptions": list(subscriptions), "seconds": RUN_TIME_SECONDS}
+        ).all()
+        return {row.subscription: Measured(mean_seconds=row.mean_seconds, processes=row.processes) for row in rows}
+
+    def forget_run_times(self, connection: Connection) -> int:
+        """Delete what processes measured that may be gone by now; return how many."""
+        return connection.execute(self._forget_run_times, {"seconds": 2 * RUN_TIME_SECONDS}).rowcount
+
+    # The worker
+
+    def report_run_time(
+        self, connection: Connection, subscription: int, process: uuid.UUID, mean_seconds: float, runs: int
+    ) -> None:
+        """Tell the bridges how long a listener's runs take in this process; one row, which nobody else writes."""
+        connection.execute(
+            self._report_run_time,
+            {"subscription": subscription, "process": str(process), "mean_seconds": mean_seconds, "runs": runs},
+        )
 
     # The worker, for listeners with `session`
 

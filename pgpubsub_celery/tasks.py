@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 from celery import Celery, Task, _state, signals
 from celery.local import Proxy
@@ -139,7 +139,7 @@ def channel_task(
     changed: Iterable[str] | str = (),
     condition: Any = None,
     filter: Any = None,
-    bundle: int | None = None,
+    bundle: int | Literal["auto"] | None = None,
     aliases: Iterable[str] = (),
     app: Celery | None = None,
     **celery_task_options: Any,
@@ -155,7 +155,9 @@ def channel_task(
         changed: for updates: only when one of these columns really changed.
         condition: SQL over `old` and `new` (text or an SQLAlchemy expression) that a change must meet.
         filter: a condition that a stored notification must meet to be claimed for this listener.
-        bundle: notifications in one message, at most; None lets the bridge choose.
+        bundle: notifications in one message, at most; "auto" for as many as are done within `bundle_target`, by what
+            workers have measured. Default: "auto" for listeners with `session`, 1 for others, because one crash is
+            not to repeat a hundred calls of somebody else's service.
         aliases: names that the task had in earlier releases.
         app: the application to bind the task to; default: shared by all, as `shared_task`.
         **celery_task_options: as for `app.task`: bind, name, queue, autoretry_for, max_retries, time_limit, …
@@ -169,8 +171,8 @@ def channel_task(
         changed = (changed,)
     if isinstance(aliases, str):
         aliases = (aliases,)
-    if bundle is not None and (isinstance(bundle, bool) or not isinstance(bundle, int) or bundle < 1):
-        raise ListenerError(f"bundle={bundle!r}: expected a whole number of at least 1, or None.")
+    if bundle not in (None, "auto") and (isinstance(bundle, bool) or not isinstance(bundle, int) or bundle < 1):
+        raise ListenerError(f'bundle={bundle!r}: expected a whole number of at least 1, "auto" or None.')
     operations = read_operations(channel, on)
     if (tuple(changed) or condition is not None) and not issubclass(channel, TriggerChannel):
         raise ListenerError(f"changed= and condition= are for trigger channels; {channel.name()} is not one.")

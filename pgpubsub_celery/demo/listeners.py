@@ -17,7 +17,7 @@ from pgpubsub_celery.demo.models import Author, Effect, Post
 from pgpubsub_celery.settings import sync_url
 
 
-@channel_task(AuthorChanges, on="insert", bundle=50)
+@channel_task(AuthorChanges, on="insert")
 def create_first_post(new: Author, session: Session) -> None:
     """With `session`: the post and the acknowledgement are committed together. Up to 50 may travel in one message."""
     session.add(Post(author_id=new.id, content=f"Welcome, {new.name}!"))

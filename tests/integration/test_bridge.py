@@ -77,7 +77,7 @@ def looking(
     with Link(engine, engine, "public") as link:
         listeners = register_subscriptions(link.claims, "public", [see.listener])  # type: ignore[attr-defined]
         store = Store("public")
-        dispatcher = Dispatcher(app, store, Broker(app, timeout=1.0), store.installation(link.claims))
+        dispatcher = Dispatcher(app, store, Broker(app, timeout=1.0), store.installation(link.claims), settings)
         dispatcher.know(listeners)
         yield Looking(Bridge(app, settings, [Seen], Control()), link, dispatcher, listeners, published, outage)
     app.close()

@@ -7,15 +7,18 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, cast
 
+import pytest
 from celery import Celery
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from pgpubsub_celery import Channel, channel_task, enqueue, notify, subscriptions
+from pgpubsub_celery import Channel, channel_task, enqueue, notify, notify_many, subscriptions
 from pgpubsub_celery.broker import Broker, Publication
-from pgpubsub_celery.dispatch import Dispatcher
+from pgpubsub_celery.dispatch import Dispatcher, Standing
 from pgpubsub_celery.emit import ENQUEUE_LISTENER
 from pgpubsub_celery.listeners import listeners_of
+from pgpubsub_celery.messages import Message
+from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.store import Quota, Store
 
 
@@ -30,6 +33,7 @@ class Shelf:
         self.app = app
         self.down = False
         self.kept: list[dict[str, Any]] = []
+        self.published: list[Message] = []
 
     def publish(self, publications: Sequence[Publication]) -> list[BaseException | None]:
         if self.down:
@@ -40,6 +44,8 @@ class Shelf:
                 try:
                     publication(self.app, producer)
                     outcomes.append(None)
+                    told = getattr(publication, "args", (None,))[0]
+                    self.published += [told] if isinstance(told, Message) else []
                 except Exception as exc:  # noqa: BLE001 - an outcome for each message, as the real one
                     outcomes.append(exc)
         self.kept += [{}] * outcomes.count(None)
@@ -83,7 +89,7 @@ class House:
         known = subscriptions.register(self.connection, "public", [*listeners_of(Stored), ENQUEUE_LISTENER])
         self.broker = Shelf(self.app)
         self.installation = self.store.installation(self.connection)
-        self.dispatcher = Dispatcher(self.app, self.store, cast("Broker", self.broker), self.installation)
+        self.dispatcher = Dispatcher(self.app, self.store, cast("Broker", self.broker), self.installation, Settings())
         self.dispatcher.know(known)
         self.quotas = [
             Quota(
@@ -116,6 +122,57 @@ def test_rows_are_dispatched_and_enqueued_tasks_are_gone_once_published(
         enqueue(session, house.app.signature("any.task", args=(1,)))
     assert house.dispatch().published == 2
     assert [row.state for row in house.rows()] == ["dispatched"]
+    house.connection.close()
+
+
+def test_a_measured_listener_with_a_session_is_bundled_by_itself(installed_engine: Engine, registry: None) -> None:
+    """Alone while nothing is known, together once a worker has said that its runs are short; others stay alone."""
+    house = House(installed_engine)
+
+    @dataclasses.dataclass
+    class Written(Channel):
+        lock_notifications = True
+        value: int
+
+    @channel_task(Written, app=house.app, name="dispatch.written")
+    def written(session: Session) -> None:
+        """Never run here."""
+
+    @channel_task(Written, app=house.app, name="dispatch.limited", rate_limit="10/s")
+    def limited(session: Session) -> None:
+        """Never run here."""
+
+    @channel_task(Written, app=house.app, name="dispatch.called")
+    def called(value: int) -> None:
+        """Never run here."""
+
+    known = subscriptions.register(house.connection, "public", listeners_of(Written))
+    house.dispatcher.know(known)
+    ids = {listener.name: id for id, listener in known.items()}
+    house.quotas = [Quota(subscription=id, limit=100, lease=60.0, lease_max=600.0) for id in known]
+
+    def sizes(more: bool) -> dict[str, list[int]]:
+        with Session(installed_engine) as session, session.begin():
+            notify_many(session, [Written(value=value) for value in range(10)])
+        claim = house.store.claim(house.connection, house.quotas, batch_size=100, max_starts=3)
+        house.broker.published.clear()
+        house.dispatcher.measured = house.store.run_times(house.connection, list(known))
+        house.dispatcher.dispatch(house.connection, claim.rows, {id: Standing(more=more) for id in known})
+        found: dict[str, list[int]] = {}
+        for message in house.broker.published:
+            found.setdefault(message.task, []).append(len(message.envelope.ids))
+        return found
+
+    alone = [1] * 10
+    assert sizes(True) == {"dispatch.written": alone, "dispatch.limited": alone, "dispatch.called": alone}
+    for id in known:
+        house.store.report_run_time(house.connection, id, uuid.uuid4(), 0.02, 100)
+        house.store.report_run_time(house.connection, id, uuid.uuid4(), 0.03, 100)
+    measured = house.store.run_times(house.connection, list(known))[ids["dispatch.written"]]
+    assert measured.mean_seconds == pytest.approx(0.025)
+    assert measured.processes == 2
+    assert sizes(True) == {"dispatch.written": [4, 4, 2], "dispatch.limited": alone, "dispatch.called": alone}
+    assert sizes(False)["dispatch.written"] == alone
     house.connection.close()
 
 

@@ -22,7 +22,7 @@ from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.dispatch import Dispatcher
 from pgpubsub_celery.emit import ENQUEUE_LISTENER
 from pgpubsub_celery.errors import BindError, NotInstalledError, PayloadError
-from pgpubsub_celery.settings import sync_url
+from pgpubsub_celery.settings import Settings, sync_url
 from pgpubsub_celery.store import Quota, Store
 from pgpubsub_celery.subscriptions import register
 
@@ -99,7 +99,7 @@ class Service:
         broker = Broker(self.app, timeout=10)
         with contextlib.closing(broker), autocommit.connect() as connection:
             listeners = register(connection, "public", [ENQUEUE_LISTENER])
-            dispatcher = Dispatcher(self.app, store, broker, store.installation(connection))
+            dispatcher = Dispatcher(self.app, store, broker, store.installation(connection), Settings())
             dispatcher.know(listeners)
             quotas = [Quota(subscription=id, limit=100, lease=60, lease_max=60, with_payload=True) for id in listeners]
             claim = store.claim(connection, quotas, batch_size=100, max_starts=3)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import threading
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -809,6 +810,9 @@ def test_a_role_with_the_grants_can_run_a_bridge_and_a_worker(installed_engine: 
     with as_role.begin() as connection:
         taken, transaction = store.take_locked(connection, [claim.rows[0].id], 1)
         assert store.acknowledge_locked(connection, [taken[0].id], transaction) == 1
+        store.report_run_time(connection, id, uuid.uuid4(), 0.1, 1)
+        assert id in store.run_times(connection, [id])
+        assert store.forget_run_times(connection) == 0
 
 
 def test_grants_name_what_is_missing(engine: Engine, installed_engine: Engine, role: str) -> None:
