@@ -50,6 +50,9 @@ BUSY_MOMENT = 0.05
 QUOTA_MOMENT = 0.02
 """Seconds between two looks while a quota is used up: one look then takes what several workers have finished."""
 
+WORTH_A_LOOK = 100
+"""Notifications that make one look worth the next at once: quick workers would be idle for that moment."""
+
 FULL_MOMENT = 1.0
 """Seconds between two looks, at most, while all that is due is in flight, or locked by a run that outlives its
 lease."""
@@ -57,7 +60,7 @@ lease."""
 RINGS_UNDER_LOAD = 50
 """Rings in a second of sleep above which the bridge stays awake, so that writers need not ring."""
 
-MEASURE_SECONDS = 1.0
+MEASURE_SECONDS = 0.25
 """How often a bridge that is publishing looks how long listeners' runs take."""
 
 KEEPER_SECONDS = 2.0
@@ -368,7 +371,7 @@ class _Watch:
         if looked.claimed:
             self._empty = 0
             if looked.limited:
-                return QUOTA_MOMENT
+                return 0.0 if looked.claimed >= WORTH_A_LOOK else QUOTA_MOMENT
             if self._link.asleep and not self._under_load():
                 return 0.0  # one more look: what is claimed alone says nothing of what else is due
             self._link.open_doors()

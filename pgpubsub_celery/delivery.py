@@ -37,6 +37,7 @@ from pgpubsub_celery.payload import decode_message
 from pgpubsub_celery.rows import decode_rows
 from pgpubsub_celery.runs import DONE, FAILED, RETRY, Run
 from pgpubsub_celery.runtime import Runtime
+from pgpubsub_celery.shortcut import Shortcut
 from pgpubsub_celery.store import Taken
 
 if TYPE_CHECKING:
@@ -120,13 +121,19 @@ class Delivery:
         self.single = len(envelope.ids or envelope.carried) == 1
         self._trace_result: Any = None
         self._outcomes: dict[str, int] = {}
+        self._shortcut: Shortcut | None = None
 
     def deliver(self) -> Any:
         """Take what the message tells of, run each, settle each; return what Celery's tracer returns."""
         if not self.envelope.carried:
             self._check_installation()
         began = time.monotonic()
-        self._run_all()
+        with contextlib.ExitStack() as stack:
+            if not self.single:
+                self._shortcut = Shortcut.of(self.task, self._common_request)
+                if self._shortcut is not None:
+                    stack.enter_context(self._shortcut.opened())
+            self._run_all()
         self._measure(time.monotonic() - began)
         if self.single and self._trace_result is not None:
             return self._trace_result
@@ -195,19 +202,19 @@ class Delivery:
         """Run one notification through Celery's tracer, with a request of its own."""
         if isinstance(arguments, DecodeError):
             run.undecodable, arguments = arguments, {}
-        request = {
-            **self._common_request,
+        own: dict[str, Any] = {
             "id": run.task_id,
             "retries": run.taken.retries,
             "kwargsrepr": describe(run.taken),
         }
         if not self.single:
-            request["root_id"] = run.task_id
-            request["headers"] = dict(request["headers"])
+            own |= {"root_id": run.task_id, "headers": dict(self._common_request["headers"])}
         # What an earlier run of a bundle asked for with retry(max_retries=…) is not this one's.
         self.task.__dict__.pop("override_max_retries", None)
+        if self._shortcut is not None and run.undecodable is None and self._shortcut.run(run, arguments, own):
+            return
         with runs.entered(run):
-            result = self.tracer(run.task_id, (), arguments, request)
+            result = self.tracer(run.task_id, (), arguments, {**self._common_request, **own})
         if run.outcome == runs.PENDING:
             # before_start, or a signal's receiver, ended it before the listener was called.
             state = None if result.info is None else result.info.state

@@ -301,7 +301,8 @@ class _Inside:
 
     def _finish(self, session: Session) -> bool:
         """Commit the session, to its savepoint; False when there was nothing in it."""
-        used = bool(session.in_transaction() or session.new or session.dirty or session.deleted)
+        # Whatever changes its state, and be it an object added, begins a session's transaction.
+        used = session.in_transaction()
         if used:
             self._commit(session)
         if not self._transaction.alive():

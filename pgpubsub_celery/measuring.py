@@ -13,7 +13,7 @@ import time
 REPORT_SECONDS = 5.0
 """Seconds between two reports of one listener, while its mean stays about the same."""
 
-CHANGED_SECONDS = 0.5
+CHANGED_SECONDS = 0.25
 """Seconds between two reports while it does not."""
 
 REMEMBERED_RUNS = 500

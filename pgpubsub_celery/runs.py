@@ -98,6 +98,8 @@ class Run:
         """What `retry()` asked for: retries, countdown, eta."""
         self.undecodable: Exception | None = None
         """Raised instead of calling the listener."""
+        self.replay: Exception | None = None
+        """What the run has raised: raised once more, for Celery's tracer."""
         self.acknowledge: Acknowledging | None = None
         self.is_transient: Callable[[Exception], bool] = _never
         self.retry_message: Callable[..., Any] | None = None
@@ -132,11 +134,13 @@ class Run:
 
     def starting(self, task: ListenerTask) -> bool:
         """Whether this call of the task is the notification's, not one that its listener makes."""
-        return not self._begun and task is self.task
+        return task is self.task and (not self._begun or self.replay is not None)
 
     def run(self, call: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """Run the listener and note what became of it; what it raised goes on to Celery's tracer."""
         self._begun = True
+        if self.replay is not None:
+            raise self.replay
         try:
             if self.undecodable is not None:
                 raise self.undecodable

@@ -287,10 +287,12 @@ class Store:
         A claim whose snapshot is older than another bridge's claim locks the rows that it then leaves to that one,
         until it ends. Who took such a lock for a run would drop a message, and its rows would wait for their lease.
         """
-        left, done = list(dispatches), []
+        left: list[int] = list(dispatches)
+        done: list[int] = []
         for pause in (*PATIENCE, None):
             done += attempt(left)
-            left = [id for id in left if id not in set(done)]
+            found = set(done)
+            left = [id for id in left if id not in found]
             if not left or pause is None:
                 break
             pairs = {"ids": left, "dispatches": [dispatches[id] for id in left]}

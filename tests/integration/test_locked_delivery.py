@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from celery import Celery, signals
+from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from pgpubsub_celery import Channel, channel_task, notify, notify_many
-from pgpubsub_celery.messages import Message
+from pgpubsub_celery.messages import Message, notification_task_id
 from pgpubsub_celery.runtime import Runtime
+from pgpubsub_celery.shortcut import Shortcut
 from tests.fixtures.deliveries import Deliveries
 
 SECRET = "correct horse battery staple"
@@ -653,6 +654,87 @@ def test_savepoints_that_turn_out_to_be_many_end_the_transaction_early(bundled: 
     assert bundled.effects == sorted(list(range(40)) * 4)
     assert max(transactions.count(one) for one in set(transactions)) <= 64
     assert bundled.rows() == []
+
+
+# Runs that nobody watches
+
+
+def test_a_run_that_raises_is_told_of_as_any_task_even_where_nobody_watches_successes(
+    app: Celery, installed_engine: Engine, registry: None
+) -> None:
+    """Sentry sees the error, once, with the request of its own notification and the listener's own lines."""
+    told: list[tuple[str, str]] = []
+
+    class Base(Task):  # type: ignore[misc]
+        abstract = True
+
+        def on_failure(self, exc: Exception, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+            told.append(("hook", self.request.id))
+
+    work = Work(app, installed_engine, bundle=100, base=Base)
+
+    def do(task: Any, value: int, session: Session) -> None:
+        if value == 2:
+            raise ValueError("two")
+        work.effect(session, value)
+
+    def failed(sender: Any, task_id: str, exception: Any, einfo: Any, **_: Any) -> None:
+        assert str(exception) == "two"
+        assert 'raise ValueError("two")' in str(einfo)
+        told.append(("signal", task_id))
+
+    work.do = do
+    work.emit(1, 2, 3)
+    (message,) = work.deliveries.claim()
+    assert Shortcut.of(work.task, {}) is not None
+    signals.task_failure.connect(failed)
+    try:
+        work.deliveries.deliver(message)
+    finally:
+        signals.task_failure.disconnect(failed)
+    (row,) = work.rows()
+    assert sorted(told) == [("hook", row["task_id"]), ("signal", row["task_id"])]
+    assert (row["state"], work.effects, [value for value, _ in work.calls]) == ("failed", [1, 3], [1, 2, 3])
+    assert 'raise ValueError("two")' in row["traceback"]
+    assert len({request.id for request, _ in work.seen}) == 3
+
+
+@pytest.mark.parametrize("watch", ["prerun", "postrun", "success", "log", "hook"])
+def test_whoever_watches_runs_is_told_of_each(
+    app: Celery, installed_engine: Engine, registry: None, caplog: pytest.LogCaptureFixture, watch: str
+) -> None:
+    """A signal's receiver, a log or a hook gets what Celery tells of any task, for each notification of a bundle."""
+    told: list[str] = []
+
+    class Base(Task):  # type: ignore[misc]
+        abstract = True
+
+        def on_success(self, retval: Any, task_id: str, args: Any, kwargs: Any) -> None:
+            told.append(task_id)
+
+    def receiver(sender: Any, task_id: str | None = None, **_: Any) -> None:
+        told.append(task_id or sender.request.id)
+
+    if watch == "log":
+        caplog.set_level("INFO", logger="celery.app.trace")
+    work = Work(app, installed_engine, bundle=100, **({"base": Base} if watch == "hook" else {}))
+    work.emit(1, 2, 3)
+    ids = [notification_task_id(work.deliveries.installation, row["id"]) for row in work.rows()]
+    (message,) = work.deliveries.claim()
+    if watch == "log":
+        work.deliveries.deliver(message)
+        told = [record.data["id"] for record in caplog.records if record.name == "celery.app.trace"]  # type: ignore[attr-defined]
+    elif watch == "hook":
+        work.deliveries.deliver(message)
+    else:
+        signal = getattr(signals, f"task_{watch}")
+        signal.connect(receiver)
+        try:
+            work.deliveries.deliver(message)
+        finally:
+            signal.disconnect(receiver)
+    assert told == ids
+    assert work.effects == [1, 2, 3]
 
 
 # Retries
