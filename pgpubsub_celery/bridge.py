@@ -205,9 +205,9 @@ class Bridge:
     def claim_and_dispatch(self, link: Link, dispatcher: Dispatcher, listeners: Mapping[int, Listener]) -> _Looked:
         """Claim what is due and publish it; the claim is committed before anything is published."""
         quotas = self._quotas(listeners)
-        claim = self._store.claim(
-            link.claims, quotas, batch_size=self._settings.batch_size, max_starts=self._settings.max_starts
-        )
+        # A broker that answers may still take nothing (its memory or disk is full): try it with one.
+        batch_size = 1 if self._broker_trouble.since else self._settings.batch_size
+        claim = self._store.claim(link.claims, quotas, batch_size=batch_size, max_starts=self._settings.max_starts)
         self._bounds = claim.bounds
         now = time.monotonic()
         if claim.failed:
@@ -218,7 +218,7 @@ class Bridge:
         for row in claim.rows:
             if not row.was_lost:  # those are counted in flight already
                 claimed[row.subscription] = claimed.get(row.subscription, 0) + 1
-        full = len(claim.rows) >= self._settings.batch_size
+        full = len(claim.rows) >= batch_size
         standings: dict[int, Standing] = {}
         limited = False
         for quota in quotas:
@@ -238,6 +238,8 @@ class Bridge:
             self._bounds = {}
             for pace in self._paces.values():
                 pace.disregard()
+        else:
+            self._broker_trouble.over()
         return _Looked(
             claimed=len(claim.rows),
             full=full,
@@ -301,12 +303,11 @@ class Bridge:
         link.ring([channel.listen_safe_name() for channel in self._stored])
 
     def broker_works(self) -> bool:
-        """Whether the broker takes messages; while it does not, wait, and claim nothing."""
+        """Whether the broker can be reached; while it cannot, wait, and claim nothing."""
         if not self._broker_trouble.since:
             return True
         error = self._broker.reachable()
         if error is None:
-            self._broker_trouble.over()
             return True
         self._broker_trouble.met(error, self._control)
         return False
@@ -356,6 +357,9 @@ class _Watch:
             self._sweep_if_due()
             looked = bridge.claim_and_dispatch(self._link, self._dispatcher, self._listeners)
             if looked.outage is not None:
+                # Another bridge's broker connection may work: it is to keep the doors, and to look at once.
+                self._link.resign()
+                bridge.ring_others(self._link)
                 bridge.broker_failed(looked.outage)
                 continue
             if looked.full:

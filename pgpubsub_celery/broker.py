@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import kombu.exceptions
-from amqp.exceptions import MessageNacked
+from amqp.exceptions import ChannelError, MessageNacked
 from celery import Celery
 from celery.result import denied_join_result
 from kombu import Connection, Producer
@@ -127,6 +127,11 @@ class Broker:
     def is_outage(self, error: BaseException) -> bool:
         """Whether `error` is the broker's, not the message's: connection lost, refused, full, too slow."""
         return isinstance(error, self._outage_errors)
+
+    @staticmethod
+    def is_refusal(error: BaseException) -> bool:
+        """Whether RabbitMQ works and has refused this very message: its queue is full, or not as declared."""
+        return isinstance(error, (MessageNacked, ChannelError))
 
     def close(self) -> None:
         """Drop the connection; the next publish makes a new one."""

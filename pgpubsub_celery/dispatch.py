@@ -44,6 +44,9 @@ class Standing:
     """What was claimed is not all that is due."""
 
 
+REFUSED_DELAY = 5.0
+"""Seconds before a notification whose queue would not have it is published again."""
+
 _NEW = Standing()
 
 
@@ -151,12 +154,21 @@ class Dispatcher:
     ) -> Dispatched:
         confirmed: list[tuple[int, int]] = []
         unpublished: list[tuple[int, int]] = []
+        refused: list[tuple[int, int]] = []
         outage: BaseException | None = None
         published = 0
         for rows, go, outcome in zip(speaks_for, goes, outcomes, strict=True):
             if outcome is None:
                 published += len(rows)
                 confirmed += rows if go else []
+            elif self._broker.is_refusal(outcome):
+                logger.warning(
+                    "the broker has refused %d notification(s), trying again in %g s: %s",
+                    len(rows),
+                    REFUSED_DELAY,
+                    one_line(outcome),
+                )
+                refused += rows
             elif self._broker.is_outage(outcome):
                 outage = outage or outcome
                 unpublished += rows
@@ -166,6 +178,9 @@ class Dispatcher:
             self._store.delete_published(connection, confirmed)
         if unpublished:
             self._store.release_unpublished(connection, unpublished)
+        if refused:
+            # Their queue's trouble, and no other's.
+            self._store.release_unpublished(connection, refused, delay=REFUSED_DELAY)
         return Dispatched(published, outage)
 
     def _fail(self, connection: Connection, rows: Sequence[tuple[int, int]], error: BaseException) -> None:

@@ -38,6 +38,8 @@ class Envelope:
     dispatches: int = 0
     """The dispatch that published this message; rows dispatched again since are another message's."""
     ids: tuple[int, ...] = ()
+    retries: tuple[int, ...] = ()
+    """How often each of the ids had been retried."""
     carried: tuple[Mapping[str, Any], ...] = ()
     """For messages without rows: operation, payload, context, created_at, db_version of each."""
 
@@ -53,6 +55,8 @@ class Envelope:
             body["carried"] = [dict(one) for one in self.carried]
         else:
             body |= {"subscription": self.subscription, "dispatches": self.dispatches, "ids": list(self.ids)}
+            if any(self.retries):
+                body["retries"] = list(self.retries)
         return {KEYWORD: body}
 
     @classmethod
@@ -82,6 +86,9 @@ class Envelope:
             raise ValueError("expected a list of either ids or carried notifications")
         if not all(isinstance(one, Mapping) for one in carried):
             raise TypeError("a carried notification is not an object")
+        retries = tuple(int(number) for number in body.get("retries") or [0] * len(ids))
+        if len(retries) != len(ids):
+            raise ValueError("expected a number of retries for each id")
         return cls(
             installation=uuid.UUID(body["installation"]),
             channel=str(body["channel"]),
@@ -89,6 +96,7 @@ class Envelope:
             subscription=None if subscription is None else int(subscription),
             dispatches=int(body["dispatches"]) if ids else 0,
             ids=tuple(int(id) for id in ids),
+            retries=retries,
             carried=tuple(carried),
         )
 
@@ -183,6 +191,7 @@ def _message(address: Address, subscription: int, rows: Sequence[Claimed], insta
             subscription=subscription,
             dispatches=rows[0].dispatches,
             ids=tuple(row.id for row in rows),
+            retries=tuple(row.retries for row in rows),
             carried=carried,
         ),
     )

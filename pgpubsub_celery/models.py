@@ -135,6 +135,8 @@ class Notification(_Base):
     starts: Mapped[int] = mapped_column(SmallInteger, server_default=_ZERO)
     retries: Mapped[int] = mapped_column(Integer, server_default=_ZERO)
     owner: Mapped[uuid.UUID | None] = mapped_column(UUID(as_uuid=True))
+    recovered_at: Mapped[datetime.datetime | None] = mapped_column(DateTime(timezone=True))
+    """When somebody last asked to have it run (`retry`, `listen --recover`)."""
     failed_at: Mapped[datetime.datetime | None] = mapped_column(DateTime(timezone=True))
     error: Mapped[str | None] = mapped_column(Text)
     traceback: Mapped[str | None] = mapped_column(Text)

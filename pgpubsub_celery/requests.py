@@ -106,7 +106,8 @@ def give_back_unknown(sender: Any, message: Any, **_: Any) -> None:
 
 def _give_back(envelope: Envelope, delay: float = 0.0) -> Write:
     def write(store: Store, connection: Any) -> None:
-        if store.release_lost(connection, envelope.ids, envelope.dispatches, delay=delay):
+        retries = envelope.retries
+        if store.release_lost(connection, envelope.ids, envelope.dispatches, retries=retries, delay=delay):
             store.ring(connection, envelope.channel)
 
     return write
@@ -114,9 +115,9 @@ def _give_back(envelope: Envelope, delay: float = 0.0) -> Write:
 
 def _fail(envelope: Envelope, error: str) -> Write:
     def write(store: Store, connection: Any) -> None:
-        for id in envelope.ids:
+        for id, retried in zip(envelope.ids, envelope.retries, strict=True):
             task_id = notification_task_id(envelope.installation, id)
-            store.fail_lost(connection, [id], envelope.dispatches, error=error, task_id=task_id)
+            store.fail_lost(connection, [id], envelope.dispatches, retries=[retried], error=error, task_id=task_id)
 
     return write
 

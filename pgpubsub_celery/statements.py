@@ -104,16 +104,18 @@ WITH first AS MATERIALIZED (
 UPDATE {n} n SET subscription = orphan.subscription FROM orphan WHERE n.id = orphan.id
 """
 
+# What somebody has asked to have run (`retry`, `--recover`) is not held again, though no bridge has come to it yet.
 HOLD = """
 UPDATE {n} n SET state = 'held'
 WHERE n.subscription = ANY (CAST(:subscriptions AS int[])) AND n.state = 'waiting'
-    AND n.dispatches = 0 AND n.retries = 0 AND n.available_at <= now()
+    AND n.dispatches = 0 AND n.retries = 0 AND n.available_at <= now() AND n.recovered_at IS NULL
 """
 
 # A recovered failed row keeps dispatches above zero, so that it travels alone.
 RECOVER = """
 UPDATE {n} n SET state = 'waiting', available_at = now(), starts = 0, retries = 0, failed_at = NULL, error = NULL,
-    traceback = NULL, task_id = NULL, owner = NULL, dispatches = CASE WHEN n.state = 'failed' THEN 1 ELSE 0 END
+    traceback = NULL, task_id = NULL, owner = NULL, recovered_at = now(),
+    dispatches = CASE WHEN n.state = 'failed' THEN 1 ELSE 0 END
 WHERE n.id = ANY (ARRAY(
     SELECT r.id FROM unnest(CAST(:subscriptions AS int[])) AS q (subscription)
     CROSS JOIN unnest(CAST(:states AS text[])) AS wanted (state) CROSS JOIN LATERAL (
@@ -267,10 +269,16 @@ WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'running' AND n.owner = 
 RETURNING n.id
 """
 
+# Written late, by whoever outlived the run. A retry begins to count dispatches anew: the number of retries tells a row
+# that has been retried and published again since from the one that the message was of.
 RELEASE_LOST = """
 UPDATE {n} n SET state = 'waiting', owner = NULL,
     available_at = {given_back}
 WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state IN ('dispatched', 'running') AND n.dispatches = :dispatches
+    AND (CAST(:retries AS int[]) IS NULL OR EXISTS (
+        SELECT FROM unnest(CAST(:ids AS bigint[]), CAST(:retries AS int[])) AS m (id, retries)
+        WHERE m.id = n.id AND m.retries = n.retries
+    ))
 RETURNING n.id
 """
 
@@ -278,6 +286,10 @@ FAIL_LOST = """
 UPDATE {n} n SET state = 'failed', owner = NULL, available_at = NULL, failed_at = clock_timestamp(), error = :error,
     traceback = NULL, task_id = :task_id
 WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state IN ('dispatched', 'running') AND n.dispatches = :dispatches
+    AND (CAST(:retries AS int[]) IS NULL OR EXISTS (
+        SELECT FROM unnest(CAST(:ids AS bigint[]), CAST(:retries AS int[])) AS m (id, retries)
+        WHERE m.id = n.id AND m.retries = n.retries
+    ))
 RETURNING n.id
 """
 

@@ -494,20 +494,35 @@ class Store:
     # The worker's parent process, for a child that it has lost
 
     def release_lost(
-        self, connection: Connection, ids: Sequence[int], dispatches: int, *, delay: float = 0
+        self,
+        connection: Connection,
+        ids: Sequence[int],
+        dispatches: int,
+        *,
+        retries: Sequence[int] | None = None,
+        delay: float = 0,
     ) -> list[int]:
         """Give back the rows of a message whose process is gone, taken or not. Waits for its locks to go.
 
-        What the message has finished is gone already; a row dispatched again since is another message's.
+        What the message has finished is gone already; a row dispatched again since, or retried (`retries`, of each id,
+        tells), is another message's.
         """
+        retried = None if retries is None else list(retries)
         return list(
             connection.execute(
-                self._release_lost, {"ids": list(ids), "dispatches": dispatches, "delay": delay}
+                self._release_lost, {"ids": list(ids), "dispatches": dispatches, "retries": retried, "delay": delay}
             ).scalars()
         )
 
     def fail_lost(
-        self, connection: Connection, ids: Sequence[int], dispatches: int, *, error: str, task_id: str | None
+        self,
+        connection: Connection,
+        ids: Sequence[int],
+        dispatches: int,
+        *,
+        retries: Sequence[int] | None = None,
+        error: str,
+        task_id: str | None,
     ) -> list[int]:
         """Mark as failed the rows of a message that ended without a word of its own (hard time limit, revoked)."""
         return list(
@@ -516,6 +531,7 @@ class Store:
                 {
                     "ids": list(ids),
                     "dispatches": dispatches,
+                    "retries": None if retries is None else list(retries),
                     "error": shorten(error, ERROR_LIMIT),
                     "task_id": task_id,
                 },

@@ -194,7 +194,7 @@ def _next(ids: list[int]) -> Batch:
 # where the last one ended: what fails again meanwhile is not met twice, and dead rows are not waded through.
 _RETRY = """
 UPDATE {n} n SET state = 'waiting', available_at = now(), starts = 0, retries = 0, owner = NULL, failed_at = NULL,
-    error = NULL, traceback = NULL, task_id = NULL,
+    error = NULL, traceback = NULL, task_id = NULL, recovered_at = now(),
     dispatches = CASE WHEN n.state = 'failed' THEN 1 ELSE n.dispatches END
 WHERE n.id = ANY (ARRAY(
     SELECT n.id FROM {n} n

@@ -164,6 +164,13 @@ class Link:
             self._kept.update(channel for channel, lock in granted.items() if lock)
         return self._kept
 
+    def resign(self) -> None:
+        """Open the doors and be keeper of nothing, so that another bridge can be."""
+        self.open_doors()
+        if self._kept:
+            self._locks("pg_advisory_unlock", "keeper", sorted(self._kept))
+            self._kept.clear()
+
     @property
     def asleep(self) -> bool:
         """Whether every door that this bridge keeps is closed, so that writers ring."""

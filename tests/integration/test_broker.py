@@ -276,7 +276,7 @@ def test_what_was_confirmed_before_an_outage_is_published(single: Publisher) -> 
 def test_a_message_that_the_broker_refuses_does_not_hold_up_the_others(single: Publisher, refusal: Exception) -> None:
     """A queue that is full or declared otherwise is that queue's trouble, and may be over later."""
     assert single.publish(1, raising(refusal), 2) == [None, refusal, None]
-    assert single.broker.is_outage(refusal)
+    assert single.broker.is_refusal(refusal)
     assert single.received() == [1, 2]
 
 

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
+from amqp.exceptions import MessageNacked
 from celery import Celery
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from pgpubsub_celery import Channel, channel_task, enqueue, notify, notify_many, subscriptions
 from pgpubsub_celery.broker import Broker, Publication
-from pgpubsub_celery.dispatch import Dispatcher, Standing
+from pgpubsub_celery.dispatch import REFUSED_DELAY, Dispatcher, Standing
 from pgpubsub_celery.emit import ENQUEUE_LISTENER
 from pgpubsub_celery.listeners import listeners_of
 from pgpubsub_celery.messages import Message
@@ -54,12 +55,15 @@ class Shelf:
     def is_outage(self, error: BaseException) -> bool:
         return isinstance(error, Outage)
 
+    is_refusal = staticmethod(Broker.is_refusal)
+
 
 class House:
     """A dispatcher on the test's database."""
 
     def __init__(self, engine: Engine) -> None:
         self.app = Celery("dispatch", broker="memory://", set_as_current=False)
+        self.app.conf.task_default_queue = "dispatch"  # memory is shared with whoever else tests here
 
         @dataclasses.dataclass
         class Stored(Channel):
@@ -173,6 +177,71 @@ def test_a_measured_listener_with_a_session_is_bundled_by_itself(installed_engin
     assert measured.processes == 2
     assert sizes(True) == {"dispatch.written": [4, 4, 2], "dispatch.limited": alone, "dispatch.called": alone}
     assert sizes(False)["dispatch.written"] == alone
+    house.connection.close()
+
+
+def test_what_the_broker_refuses_waits_a_little_and_holds_up_nobody(
+    installed_engine: Engine, registry: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full queue is no outage: others are published, and these are not tried again in the same moment."""
+    house = House(installed_engine)
+    publish = house.app.send_task
+
+    def refusing(name: str, *args: Any, **options: Any) -> Any:
+        if name == "dispatch.stored":
+            raise MessageNacked
+        return publish(name, *args, **options)
+
+    monkeypatch.setattr(house.app, "send_task", refusing)
+    with Session(installed_engine) as session, session.begin():
+        notify(session, house.stored(value=1))
+        enqueue(session, house.app.signature("any.task"))
+    outcome = house.dispatch()
+    assert (outcome.published, outcome.outage) == (1, None)
+    (row,) = house.connection.execute(
+        text(
+            "SELECT state, dispatches, extract(epoch FROM available_at - clock_timestamp()) AS wait "
+            "FROM pgpubsub_notification"
+        )
+    )
+    assert (row.state, row.dispatches) == ("waiting", 0)
+    assert REFUSED_DELAY / 2 < row.wait <= REFUSED_DELAY
+    assert house.dispatch().published == 0
+    house.connection.close()
+
+
+def test_a_listener_s_queue_and_priority_are_those_of_its_task(installed_engine: Engine, registry: None) -> None:
+    """As for any task of the application: routed by its options, and by task_routes."""
+    house = House(installed_engine)
+    house.app.conf.task_routes = {
+        "dispatch.urgent": {"queue": "urgent", "priority": 7},
+        "dispatch.routed": {"queue": "elsewhere"},
+    }
+
+    @dataclasses.dataclass
+    class Sorted(Channel):
+        lock_notifications = True
+
+    @channel_task(Sorted, app=house.app, name="dispatch.urgent", expires=60)
+    def urgent() -> None:
+        """Never run here."""
+
+    @channel_task(Sorted, app=house.app, name="dispatch.routed")
+    def routed() -> None:
+        """Never run here."""
+
+    known = subscriptions.register(house.connection, "public", listeners_of(Sorted))
+    house.dispatcher.know(known)
+    house.quotas = [Quota(subscription=id, limit=100, lease=60.0, lease_max=600.0) for id in known]
+    with Session(installed_engine) as session, session.begin():
+        notify(session, Sorted())
+    assert house.dispatch().published == 2
+    with house.app.connection_for_read() as connection:
+        for queue, task, priority in (("urgent", "dispatch.urgent", 7), ("elsewhere", "dispatch.routed", 0)):
+            message = connection.SimpleQueue(queue).get(block=False)
+            assert message.headers["task"] == task
+            assert message.properties["priority"] == priority
+            assert (message.headers["expires"] is not None) == (task == "dispatch.urgent")
     house.connection.close()
 
 

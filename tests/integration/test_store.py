@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.engine import make_url
 
+from pgpubsub_celery import upkeep
 from pgpubsub_celery.store import ERROR_LIMIT, TRACEBACK_LIMIT, Store, shorten
 from tests.fixtures.notifications import (
     LEASE,
@@ -496,6 +497,20 @@ def test_a_released_running_row_loses_its_owner(notifications: Notifications) ->
     assert row["seconds"] == seconds(40)
 
 
+@pytest.mark.parametrize("method", ["release_lost", "fail_lost"])
+def test_settling_late_touches_no_row_that_was_retried_since(notifications: Notifications, method: str) -> None:
+    """A retry begins to count dispatches anew: its row, published again, is another message's."""
+    retried, same, untold = notifications.dispatch(3)
+    arguments: dict[str, Any] = {"error": "killed", "task_id": None} if method == "fail_lost" else {}
+    with notifications.autocommit() as connection:
+        notifications.store.retry(connection, retried, retries=1, owner=None, dispatches=1, countdown=0)
+        notifications.claim()
+        assert notifications.row(retried)["dispatches"] == 1
+        settle = getattr(notifications.store, method)
+        assert settle(connection, [retried, same], 1, retries=[0, 0], **arguments) == [same]
+        assert sorted(settle(connection, [retried, untold], 1, retries=[1, 0], **arguments)) == [retried, untold]
+
+
 # Hold, recover, adopt, prune
 
 
@@ -513,6 +528,20 @@ def test_hold_takes_what_was_stored_and_never_published(notifications: Notificat
         assert notifications.store.hold(connection, [1]) == 3
         assert notifications.store.hold(connection, [1]) == 0
     assert notifications.ids("held") == before
+
+
+def test_what_somebody_has_asked_to_have_run_is_not_held_again(notifications: Notifications) -> None:
+    """Recovered while no bridge was there to come to it: the next one's start leaves it waiting."""
+    held, failed = notifications.add_one(state="held"), notifications.add_one(state="failed")
+    with notifications.autocommit() as connection:
+        assert notifications.store.recover(connection, [1], failed=True) == 2
+        notifications.add_one()
+        assert notifications.store.hold(connection, [1]) == 1
+        assert notifications.ids("waiting") == [held, failed]
+        assert notifications.store.hold(connection, [1]) == 0
+        upkeep.retry_batch(connection, "public", upkeep.Selection(states=("held",)), after=0, last=10**9)
+        assert notifications.store.hold(connection, [1]) == 0
+    assert notifications.ids("held") == []
 
 
 def test_what_commits_after_the_hold_is_not_before_it(notifications: Notifications) -> None:
