@@ -11,7 +11,7 @@ from celery import Celery
 from sqlalchemy import Engine
 
 from pgpubsub_celery import Channel, channel_task, install
-from pgpubsub_celery.bridge import Bridge
+from pgpubsub_celery.bridge import Bridge, _Watch
 from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.dispatch import Dispatcher
 from pgpubsub_celery.listeners import Listener
@@ -105,3 +105,59 @@ def test_what_an_outage_gave_back_is_not_taken_for_finished(looking: Looking, no
     looking.outage.clear()
     looking.look()
     assert looking.quota == FLOOR
+
+
+def test_without_a_broker_a_bridge_is_keeper_of_nothing(
+    looking: Looking, notifications: Notifications, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Awake when it loses its broker, it would leave every writer silent: another must be able to keep the doors."""
+    (subscription,) = looking.listeners
+    assert looking.link.keep(["looking.Seen"]) == {"looking.Seen"}
+    notifications.add(1, subscription=subscription, channel="looking.Seen", ago=0)
+    looking.outage.append(ConnectionRefusedError("down"))
+    stopping = looking.bridge.control.stopping
+    monkeypatch.setattr(looking.bridge, "broker_failed", lambda error: stopping.set())
+    engine = bridge_engine(notifications.engine.url)
+    with Link(engine, engine, "public") as other:
+        other.listen([looking.listeners[subscription].channel.listen_safe_name()])
+        assert other.keep(["looking.Seen"]) == set()
+        _Watch(looking.bridge, looking.link, looking.dispatcher, looking.listeners).run()
+        assert other.rung(), "the other bridge was told to look"
+        assert other.keep(["looking.Seen"]) == {"looking.Seen"}
+        assert other.close_doors()
+
+
+def test_one_listener_s_backlog_does_not_hold_up_another_s(looking: Looking, notifications: Notifications) -> None:
+    """Each look begins with another listener: what comes late for one waits for a batch, not for a backlog."""
+    (first,) = looking.listeners
+    second = first + 1000
+    looking.listeners[second] = dataclasses.replace(looking.listeners[first], name="looking.other")
+    looking.dispatcher.know(looking.listeners)
+    backlog = notifications.add(10 * BATCH, subscription=first, channel="looking.Seen", ago=0)
+    for _ in range(2):
+        looking.look()
+    (late,) = notifications.add(1, subscription=second, channel="looking.Seen", ago=0)
+    for _ in range(2):
+        looking.look()
+    published = [id for ids in looking.published for id in ids]
+    assert late in published
+    assert len(set(published) & set(backlog)) <= 4 * BATCH
+
+
+def test_a_listener_at_its_quota_leaves_the_batch_to_others(looking: Looking, notifications: Notifications) -> None:
+    """A listener without workers fills its quota once, and never the broker; the others go on."""
+    (stuck,) = looking.listeners
+    going = stuck + 1000
+    looking.listeners[going] = dataclasses.replace(looking.listeners[stuck], name="looking.other")
+    looking.dispatcher.know(looking.listeners)
+    notifications.add(20 * FLOOR, subscription=stuck, channel="looking.Seen", ago=0)
+    others = notifications.add(2 * FLOOR, subscription=going, channel="looking.Seen", ago=0)
+    for _ in range(20 * FLOOR // BATCH):
+        looking.look()
+        # The other listener's worker finishes at once.
+        notifications.execute(
+            "DELETE FROM pgpubsub_notification WHERE subscription = :going AND state = 'dispatched'", going=going
+        )
+    published = [id for ids in looking.published for id in ids]
+    assert set(others) <= set(published)
+    assert len(published) - len(others) == FLOOR

@@ -328,3 +328,16 @@ def _drain(
         if not claim.rows and not bounds:
             return drained, claim.bounds
         bounds = claim.bounds
+
+
+def test_claims_in_the_same_moment_exceed_the_limit_by_their_own_share_at_most(notifications: Notifications) -> None:
+    """Two bridges do not see what the other is claiming; the next look of either does."""
+    notifications.add(30)
+    with notifications.transaction() as first, notifications.transaction() as second:
+        mine = notifications.claim(limit=5, connection=first).rows
+        yours = notifications.claim(limit=5, connection=second).rows
+        first.commit()
+        second.commit()
+    assert (len(mine), len(yours)) == (5, 5)
+    assert not {row.id for row in mine} & {row.id for row in yours}
+    assert notifications.claim(limit=5).rows == []
