@@ -53,12 +53,14 @@ class Fault:
 class Killer(threading.Thread):
     """Deals faults until there were enough."""
 
-    def __init__(self, chaos: Chaos, random_: random.Random, wanted: int, pause: float) -> None:
+    def __init__(self, chaos: Chaos, random_: random.Random, wanted: int, pause: float, *, apart: bool = False) -> None:
+        """`apart`: each fault waits until all is caught up with after the one before, so that each can be measured."""
         super().__init__(name="killer", daemon=True)
         self._chaos = chaos
         self._random = random_
         self._wanted = wanted
         self._pause = pause
+        self._apart = apart
         self._enough = threading.Event()
         self._undo: list[tuple[float, int, str, Callable[[], None]]] = []
         self._numbers = itertools.count()
@@ -104,14 +106,20 @@ class Killer(threading.Thread):
                 faults = self._shuffled(self._all())
             if not steps:
                 steps = self._shuffled([(role, step) for role, names in STEPS.items() for step in names])
-            order(self._chaos.folder, *steps.pop())
+            if not self._apart:
+                order(self._chaos.folder, *steps.pop())
             faults.pop()()
             until = time.monotonic() + self._random.uniform(self._pause, 2 * self._pause)
-            while (left := until - time.monotonic()) > 0:
-                if self._enough.wait(min(left, 0.1)):
+            while (left := until - time.monotonic()) > 0 or (self._apart and not self._caught_up):
+                if self._enough.wait(min(max(left, 0.0), 0.1) or 0.1):
                     return
                 self._undo_due()
                 self._read_deaths()
+
+    @property
+    def _caught_up(self) -> bool:
+        """Whether every fault is over, and what was stored when it began is done."""
+        return not self._undo and all(fault.caught_up is not None for fault in self.faults)
 
     def _shuffled(self, cards: Sequence[T]) -> list[T]:
         cards = list(cards)

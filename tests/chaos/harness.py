@@ -51,6 +51,8 @@ class Plan:
     seed: int
     pause: float = 1.0
     """Seconds from one fault to the next, up to twice as long."""
+    apart: bool = False
+    """One fault at a time, all caught up with before the next."""
     writers: int = 3
 
 
@@ -291,7 +293,7 @@ class Chaos:
                 assert unit.running is not None
                 unit.running.wait_for(r"ready\.")
             self.monitor = Monitor(self)
-            self.killer = Killer(self, self.random, self.plan.faults, self.plan.pause)
+            self.killer = Killer(self, self.random, self.plan.faults, self.plan.pause, apart=self.plan.apart)
             self.writers = [
                 Writer(self.url, self.random.randrange(2**32), self._may_emit) for _ in range(self.plan.writers)
             ]

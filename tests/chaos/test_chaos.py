@@ -1,7 +1,8 @@
 """The promises, under fire: nothing lost, nothing applied twice, nothing that was rolled back.
 
 Short by default. `make chaos` goes on for longer: CHAOS_NOTIFICATIONS, CHAOS_FAULTS and CHAOS_PAUSE (seconds from one
-fault to the next, at least) say how long, CHAOS_SEED which choices.
+fault to the next, at least) say how long, CHAOS_SEED which choices. CHAOS_APART=1 deals one fault at a time, and waits
+until all is caught up with: that measures what each kind costs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ PLAN = Plan(
     faults=int(os.environ.get("CHAOS_FAULTS", "40")),
     seed=int(os.environ.get("CHAOS_SEED", "1")),
     pause=float(os.environ.get("CHAOS_PAUSE", "1")),
+    apart=bool(os.environ.get("CHAOS_APART")),
 )
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 LOCKED = ("single", "bundled", "retrying", "leading", "author")
 OWNED = ("owned", "owned5")
 SHOWN = 10
+ACKNOWLEDGING = 1.0
+"""Seconds that a finished run has for its acknowledgement, on a machine that is busy with faults."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +125,15 @@ class Verdict:
         self.facts["of these second ones, each explained by a fault"] = again - len(unexplained)
 
     def _explained(self, one: Run, next_: Run, *, overlap: bool = False) -> bool:
-        """Whether the first run's worker was killed or stopped, or Postgres was out of its reach, in between.
+        """Whether the first run's worker was killed or stopped, or Postgres was out of its reach, while it mattered.
 
-        Both at the same time is explained by less: who was killed does not go on.
+        That is from its beginning until it was acknowledged, which it is at once when it has finished: what happened
+        later, before the second run, explains nothing. Both at the same time is explained by less: who was killed does
+        not go on.
         """
+        acknowledged = next_.begun_at if one.finished_at is None else one.finished_at + ACKNOWLEDGING
         return any(
-            fault.spoils(one.begun_at, next_.begun_at)
+            fault.spoils(one.begun_at, min(next_.begun_at, acknowledged))
             for fault in self._chaos.killer.faults
             if fault.side == POSTGRES
             or (fault.side == WORKER and one.pid in fault.pids and ("stopped" in fault.what or not overlap))
