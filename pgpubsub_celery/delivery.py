@@ -3,9 +3,9 @@
 Owns the life of a message from the moment Celery's pool hands it over: its rows are taken, each notification is run
 through Celery's own tracer with its own request, and what became of it is written where it must be:
 
-* `LockedDelivery`, listeners with `session`: effect and acknowledgement commit together (`locked`);
-* `OwnedDelivery`, listeners without: running under an owner token and a heartbeat, no transaction open;
-* `CarriedDelivery`, messages without rows: Celery's own guarantees.
+* `locked`, listeners with `session`: effect and acknowledgement commit together;
+* `owned`, listeners without: running under an owner token and a heartbeat, no transaction open;
+* `carried`, messages without rows: Celery's own guarantees.
 
 Never decides what is published, and never answers to the broker: Celery has done that before.
 """
@@ -23,19 +23,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery.app.task import Context
 from celery.app.trace import trace_ok_t
-from celery.exceptions import SoftTimeLimitExceeded
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from pgpubsub_celery import runs
 from pgpubsub_celery.channels import TriggerChannel
-from pgpubsub_celery.errors import DecodeError, LeaseLostError, PgPubSubError, TransactionEndedError
+from pgpubsub_celery.errors import DecodeError, PgPubSubError
 from pgpubsub_celery.listeners import Listener
-from pgpubsub_celery.messages import KEYWORD, Envelope, notification_task_id
+from pgpubsub_celery.messages import Envelope, notification_task_id
 from pgpubsub_celery.payload import decode_message
 from pgpubsub_celery.rows import decode_rows
-from pgpubsub_celery.runs import DONE, FAILED, RETRY, Run
+from pgpubsub_celery.runs import DONE, FAILED, RETRY, SPLIT, BatchRun, Run
 from pgpubsub_celery.runtime import Runtime
 from pgpubsub_celery.shortcut import Shortcut
 from pgpubsub_celery.store import Taken
@@ -50,6 +49,9 @@ RELEASE_DELAY_MAX = 60.0
 
 Tracer = Callable[..., Any]
 T = TypeVar("T")
+Arguments = dict[str, Any] | DecodeError
+Part = tuple[Sequence[Taken], Arguments]
+"""Rows of one run, and what their listener is given."""
 
 
 def deliver(
@@ -72,7 +74,9 @@ def deliver(
 def _delivery(
     task: ListenerTask, tracer: Tracer, uuid: str, request: Mapping[str, Any], envelope: Envelope
 ) -> Delivery:
+    from pgpubsub_celery.carried import CarriedDelivery
     from pgpubsub_celery.locked import LockedDelivery
+    from pgpubsub_celery.owned import OwnedDelivery
 
     kind: type[Delivery]
     if envelope.carried:
@@ -180,23 +184,58 @@ class Delivery:
 
     def decode(self, rows: Sequence[Taken], connection: Connection) -> list[dict[str, Any] | DecodeError]:
         """Return the listener's arguments for each row, or why they cannot be read."""
-        channel, fields = self.listener.channel, self.listener.fields
+        channel = self.listener.channel
         if issubclass(channel, TriggerChannel):
             decoded = decode_rows(channel, [row.payload for row in rows], connection)
-            return [
-                one
-                if isinstance(one, DecodeError)
-                else {name: value for name, value in zip(("old", "new"), one, strict=True) if name in fields}
-                for one in decoded
-            ]
+            return [one if isinstance(one, DecodeError) else self._arguments_of_change(*one) for one in decoded]
         return [self._decode_message(row) for row in rows]
+
+    def _arguments_of_change(self, old: Any, new: Any) -> dict[str, Any]:
+        fields, channel = self.listener.fields, self.listener.channel
+        if self.listener.batch is not None:
+            message = channel.__new__(channel)
+            object.__setattr__(message, "old", old)
+            object.__setattr__(message, "new", new)
+            return {fields[0]: message}
+        return {name: value for name, value in (("old", old), ("new", new)) if name in fields}
 
     def _decode_message(self, row: Taken) -> dict[str, Any] | DecodeError:
         try:
             message = decode_message(self.listener.channel, row.payload)
         except DecodeError as exc:
             return exc
+        if self.listener.batch is not None:
+            return {self.listener.fields[0]: message}
         return {name: getattr(message, name) for name in self.listener.fields}
+
+    def make_run(self, rows: Sequence[Taken], invoke: Callable[..., Any]) -> Run:
+        """Return the run of one row, or of several that their listener is given as a list."""
+        if self.listener.batch is None:
+            (row,) = rows
+            return Run(self.task, row, self.task_id(row), invoke)
+        task_id = self.task_id(rows[0]) if len(rows) == 1 else str(uuid.uuid4())
+        return BatchRun(self.task, rows, task_id, invoke)
+
+    def parts(self, rows: Sequence[Taken], arguments: Sequence[Arguments]) -> list[Part]:
+        """Return what is to be run, part by part: a row each; where the listener is given a list, all in one.
+
+        What cannot be read, or is no operation of the listener's, stands alone.
+        """
+        each: list[Part] = [((row,), one) for row, one in zip(rows, arguments, strict=True)]
+        if self.listener.batch is None:
+            return each
+        alone: list[Part] = []
+        listed: list[Taken] = []
+        messages: list[Any] = []
+        (name,) = self.listener.fields
+        for part in each:
+            (row,), one = part
+            if isinstance(one, DecodeError) or not self.wants(row):
+                alone.append(part)
+            else:
+                listed.append(row)
+                messages.append(one[name])
+        return [*alone, (listed, {name: messages})] if listed else alone
 
     def trace(self, run: Run, arguments: dict[str, Any] | DecodeError) -> None:
         """Run one notification through Celery's tracer, with a request of its own."""
@@ -205,7 +244,7 @@ class Delivery:
         own: dict[str, Any] = {
             "id": run.task_id,
             "retries": run.taken.retries,
-            "kwargsrepr": describe(run.taken),
+            "kwargsrepr": describe(run.taken, len(run.rows)),
         }
         if not self.single:
             own |= {"root_id": run.task_id, "headers": dict(self._common_request["headers"])}
@@ -235,7 +274,8 @@ class Delivery:
 
     def count(self, run: Run) -> None:
         """Count the run's outcome for the message's own result."""
-        self._outcomes[run.outcome] = self._outcomes.get(run.outcome, 0) + 1
+        if run.outcome != SPLIT:
+            self._outcomes[run.outcome] = self._outcomes.get(run.outcome, 0) + len(run.rows)
 
     def task_id(self, row: Taken) -> str:
         """Return the task id of a row's runs."""
@@ -253,6 +293,16 @@ class Delivery:
     def write_retry(self, connection: Connection, run: Run, owner: uuid.UUID | None) -> bool:
         """Make the run's row wait for its retry; False when it is no longer ours."""
         assert run.retry_options is not None
+        if len(run.rows) > 1:
+            retried = self.store.retry_all(
+                connection,
+                run.ids,
+                owner=owner,
+                dispatches=self.envelope.dispatches,
+                countdown=run.retry_options["countdown"],
+                eta=aware(run.retry_options["eta"], self.task.app),
+            )
+            return retried == len(run.rows)
         return self.store.retry(
             connection,
             run.taken.id,
@@ -263,203 +313,24 @@ class Delivery:
             eta=aware(run.retry_options["eta"], self.task.app),
         )
 
-    def write_failure(self, connection: Connection, run: Run, owner: uuid.UUID | None) -> bool:
-        """Mark the run's row as failed; False when it is no longer ours."""
+    def write_failure(
+        self, connection: Connection, run: Run, owner: uuid.UUID | None, ids: Sequence[int] | None = None
+    ) -> bool:
+        """Mark the run's rows, or some of them, as failed; False when one is no longer ours."""
+        ids = run.ids if ids is None else ids
         error = "failed" if run.error is None else runs.one_line(run.error)
-        logger.error("Notification %s of %s failed for good: %s", run.taken.id, run.taken.channel, error)
-        return bool(
-            self.store.fail(
-                connection,
-                [run.taken.id],
-                owner=owner,
-                dispatches=self.envelope.dispatches,
-                error=error,
-                traceback=run.error_text,
-                task_id=run.task_id,
-            )
+        for id in ids:
+            logger.error("Notification %s of %s failed for good: %s", id, run.taken.channel, error)
+        failed = self.store.fail(
+            connection,
+            ids,
+            owner=owner,
+            dispatches=self.envelope.dispatches,
+            error=error,
+            traceback=run.error_text,
+            task_id=run.task_id,
         )
-
-
-class OwnedDelivery(Delivery):
-    """For listeners without `session`: running under an owner token, each acknowledged as it finishes."""
-
-    def _run_all(self) -> None:
-        owner = uuid.uuid4()
-        lease = self.listener.channel.lease or self.runtime.settings.lease
-        rows = self.begin(lambda: self._take(owner, lease))
-        # If we die after this, the lease gives the rows back; their starts say that a run began.
-        if not rows:
-            return
-        self.runtime.heartbeat.add([row.id for row in rows], owner, lease)
-        begun = 0
-        try:
-            arguments = self._decode_all(rows)
-            for row, one in zip(rows, arguments, strict=True):
-                begun += 1
-                if not self._run_one(row, one, owner):
-                    break
-        finally:
-            for row in rows:
-                self.runtime.heartbeat.remove(row.id)
-            left = [row.id for row in rows[begun:]]
-            if left:
-                self._settle(lambda connection: self._release(connection, left, owner, started=1))
-
-    def _take(self, owner: uuid.UUID, lease: float) -> list[Taken]:
-        with self.runtime.autocommit() as connection:
-            return self.store.take_owned(connection, self.envelope.ids, self.envelope.dispatches, owner, lease)
-
-    def _decode_all(self, rows: Sequence[Taken]) -> list[dict[str, Any] | DecodeError]:
-        if not issubclass(self.listener.channel, TriggerChannel):
-            return [self._decode_message(row) for row in rows]
-        with self.runtime.connect() as connection:
-            return self.decode(rows, connection)
-
-    def _run_one(self, row: Taken, arguments: dict[str, Any] | DecodeError, owner: uuid.UUID) -> bool:
-        """Run one row and settle it; whether the next may follow."""
-        if not self.wants(row):
-            self._settle(lambda connection: self._release(connection, [row.id], owner, started=1))
-            return True
-        acknowledged = _Acknowledged(self, row, owner)
-        run = Run(self.task, row, self.task_id(row), self._invoke)
-        run.acknowledge = acknowledged.acknowledge
-        run.is_transient = lambda exc: not self.single and isinstance(exc, SoftTimeLimitExceeded)
-        self.trace(run, arguments)
-        self.runtime.heartbeat.remove(row.id)
-        self.count(run)
-        self._settle(lambda connection: self._write(connection, run, owner, acknowledged))
-        return not isinstance(run.error, SoftTimeLimitExceeded)
-
-    def _invoke(self, call: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        run = runs.current_run()
-        assert run is not None
-        return call(**kwargs, **run.injected())
-
-    def _write(self, connection: Connection, run: Run, owner: uuid.UUID, acknowledged: _Acknowledged) -> None:
-        if acknowledged.asked:
-            if not self.store.is_owned(connection, run.taken.id, owner):
-                return  # committed by the listener, or lost: then its own commit was refused
-            if run.outcome == DONE:
-                run.outcome = FAILED
-                run.error = TransactionEndedError(
-                    "notification.acknowledge(session) was called, but the session was not committed: commit it before "
-                    "the listener returns."
-                )
-        if run.outcome == DONE:
-            ours = self.store.acknowledge_owned(connection, run.taken.id, owner)
-        elif run.outcome == RETRY:
-            ours = self.write_retry(connection, run, owner)
-            self.runtime.ring(connection, [run.taken.channel])
-        elif run.outcome == FAILED:
-            ours = self.write_failure(connection, run, owner)
-        else:
-            ours = self._release(connection, [run.taken.id], owner, started=1)
-        if not ours:
-            logger.warning(
-                "Notification %s of %s: its lease was lost while it ran (outcome: %s); it was given to another worker",
-                run.taken.id,
-                run.taken.channel,
-                run.outcome,
-            )
-
-    def _release(self, connection: Connection, ids: Sequence[int], owner: uuid.UUID, *, started: int) -> bool:
-        released = self.store.release_owned(connection, ids, owner, started=started, delay=self.release_delay())
-        self.runtime.ring(connection, [self.listener.channel.name()])
-        return bool(released)
-
-    def _settle(self, write: Callable[[Connection], object]) -> None:
-        # If we die before this, the listener has run and the lease gives the row back: it runs again (at least once).
-        for attempt in (1, 2):
-            try:
-                with self.runtime.autocommit() as connection:
-                    write(connection)
-                return
-            except DBAPIError as exc:
-                # The pool may have held a connection that died meanwhile; the second one is new.
-                if attempt == 2 or not exc.connection_invalidated:
-                    logger.warning("Settling a notification failed; its lease gives it back: %s", exc.orig)
-                    return
-
-
-class _Acknowledged:
-    """Whether and how a listener acknowledged its notification itself."""
-
-    def __init__(self, delivery: OwnedDelivery, row: Taken, owner: uuid.UUID) -> None:
-        self._delivery = delivery
-        self._row = row
-        self._owner = owner
-        self.asked = False
-
-    def acknowledge(self, session: Session) -> None:
-        deleted = self._delivery.store.acknowledge_owned(session.connection(), self._row.id, self._owner)
-        if not deleted:
-            raise LeaseLostError(
-                f"Notification {self._row.id} is no longer this worker's: its lease ran out and it was given to "
-                "another. "
-                "Roll back; the other one does the work."
-            )
-        self.asked = True
-        # The open transaction locks the row: a heartbeat would only skip it.
-        self._delivery.runtime.heartbeat.remove(self._row.id)
-
-
-class CarriedDelivery(Delivery):
-    """For messages without rows: they carry what they tell of, and Celery's own guarantees apply."""
-
-    def _run_all(self) -> None:
-        rows = [self._row(one) for one in self.envelope.carried]
-        if issubclass(self.listener.channel, TriggerChannel):
-            with self.runtime.connect() as connection:
-                arguments = self.decode(rows, connection)
-        else:
-            arguments = [self._decode_message(row) for row in rows]
-        for row, one in zip(rows, arguments, strict=True):
-            run = Run(self.task, row, self.uuid if self.single else str(uuid.uuid4()), self._invoke)
-            run.retry_message = self._retry_message(row)
-            self.trace(run, one)
-            self.count(run)
-
-    def _row(self, carried: Mapping[str, Any]) -> Taken:
-        try:
-            return Taken(
-                id=int(carried.get("id") or 0),
-                channel=self.envelope.channel,
-                subscription=self.envelope.subscription or 0,
-                operation=str(carried["operation"]),
-                payload=carried["payload"],
-                context=carried.get("context"),
-                created_at=datetime.datetime.fromisoformat(str(carried["created_at"])),
-                db_version=carried.get("db_version"),
-                dispatches=self.envelope.dispatches,
-                starts=0,
-                # Retried by Celery, so the message counts.
-                retries=int(self.request.get("retries") or 0) if self.single else 0,
-            )
-        except (KeyError, TypeError, ValueError) as exc:
-            raise DecodeError(f"The message carries a malformed notification ({type(exc).__name__}: {exc}).") from exc
-
-    def _invoke(self, call: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        run = runs.current_run()
-        assert run is not None
-        if not self.listener.wants_session:
-            return call(**kwargs, **run.injected())
-        with own_session(self.runtime) as session:
-            return call(**kwargs, **run.injected(), session=session)
-
-    def _retry_message(self, row: Taken) -> Callable[..., Any]:
-        position = (
-            0
-            if self.single
-            else next(i for i, one in enumerate(self.envelope.carried) if int(one.get("id") or 0) == row.id)
-        )
-
-        def message(request: Any, **options: Any) -> Any:
-            # As the message came, not as it was decoded: listeners' arguments need not be JSON.
-            body = self.envelope.to_kwargs()[KEYWORD]
-            body["carried"] = [body["carried"][position]]
-            return self.task.message_from_request(request, {KEYWORD: body}, **options)
-
-        return message
+        return len(failed) == len(ids)
 
 
 @contextlib.contextmanager
@@ -474,8 +345,19 @@ def own_session(runtime: Runtime) -> Iterator[Session]:
             session.close()
 
 
-def describe(row: Taken) -> str:
+def halves(part: Part) -> list[Part]:
+    """Return the two parts to run instead of one that failed as a whole."""
+    rows, arguments = part
+    assert not isinstance(arguments, DecodeError)
+    ((name, messages),) = arguments.items()
+    middle = len(rows) // 2
+    return [(rows[:middle], {name: messages[:middle]}), (rows[middle:], {name: messages[middle:]})]
+
+
+def describe(row: Taken, count: int = 1) -> str:
     """Return what logs and monitors show instead of a notification's contents."""
+    if count > 1:
+        return f"<{count} notifications of {row.channel}>"
     return f"<{row.operation} notification {row.id or 'without row'} of {row.channel}>"
 
 

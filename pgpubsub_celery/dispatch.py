@@ -197,6 +197,8 @@ def bundling_of(listener: Listener, app: Celery, settings: Settings) -> Bundling
     Not at all, unless asked for, where each is a task of its own to somebody: with a result that is kept, a rate limit,
     or when the message itself is the record (`acknowledge="published"`).
     """
+    if listener.batch is not None:
+        return Bundling(most=listener.batch)
     bundle = listener.bundle
     if bundle is None:
         bundle = "auto" if listener.wants_session else 1

@@ -16,6 +16,8 @@ from pgpubsub_celery.channels import Channel, TriggerChannel, channel_field_name
 from pgpubsub_celery.errors import ListenerError, did_you_mean
 
 INJECTED = ("session", "context", "notification")
+BATCH_INJECTED = ("session", "notifications")
+"""What a listener with batch= may declare besides its list."""
 """Parameters that the worker fills by name."""
 
 MESSAGE = "message"
@@ -41,6 +43,8 @@ class Listener:
     filter: Any = None
     aliases: tuple[str, ...] = ()
     """Names that the task had in earlier releases."""
+    batch: int | None = None
+    """Notifications that its function is given as a list, at most; None for a function of one."""
     bundle: int | Literal["auto"] | None = None
     """Notifications in one message, at most; "auto" as many as are soon done; None is "auto" with `session`, else 1."""
 
@@ -146,3 +150,22 @@ def read_parameters(
                 f"for: expected some of {', '.join(names)}.{did_you_mean(parameter.name, names)}"
             )
     return tuple(fields), frozenset(injected)
+
+
+def read_batch_parameters(function: Callable[..., Any], *, bound: bool) -> tuple[tuple[str], frozenset[str]]:
+    """Return the parameter that takes the list, in a tuple, and the injected names that a batch listener declares.
+
+    Raises:
+        ListenerError: there is not exactly one parameter for the list, or one cannot be given by name.
+    """
+    parameters = list(inspect.signature(function).parameters.values())[1 if bound else 0 :]
+    lists = [one for one in parameters if one.name not in BATCH_INJECTED and one.default is one.empty]
+    wrong = [one for one in parameters if one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    if wrong or len(lists) != 1 or lists[0].name in INJECTED:
+        given = ", ".join(one.name for one in parameters) or "none"
+        raise ListenerError(
+            f"{function.__qualname__} has batch= and the parameters {given}: expected one for the list of messages, "
+            f"and of {' and '.join(BATCH_INJECTED)} what it needs: "
+            f"def {function.__name__}(messages, session)."
+        )
+    return (lists[0].name,), frozenset(one.name for one in parameters if one.name in BATCH_INJECTED)

@@ -19,10 +19,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from pgpubsub_celery import runs
-from pgpubsub_celery.delivery import Delivery
-from pgpubsub_celery.errors import DecodeError, TransactionEndedError
-from pgpubsub_celery.runs import DONE, FAILED, RELEASED, RETRY, Run
-from pgpubsub_celery.store import Taken
+from pgpubsub_celery.delivery import Delivery, Part, halves
+from pgpubsub_celery.errors import TransactionEndedError
+from pgpubsub_celery.runs import DONE, FAILED, RELEASED, RETRY, SPLIT, Run
 from pgpubsub_celery.transactions import ENDED, Transaction
 
 logger = logging.getLogger(__name__)
@@ -70,6 +69,8 @@ class LockedDelivery(Delivery):
 
     def _transaction_size(self) -> int:
         """Return how many notifications are likely to fit into one transaction's savepoints."""
+        if self.listener.batch is not None:
+            return len(self.envelope.ids)
         each = self.runtime.savepoints_each.get(self.listener.name, 1.0)
         return len(self.envelope.ids) if each == 0 else max(1, int(SAVEPOINTS / each))
 
@@ -96,7 +97,7 @@ class LockedDelivery(Delivery):
 
     def write(self, connection: Connection, each: Sequence[Run], left: Sequence[int]) -> None:
         """Write what became of the runs that are not acknowledged, and give back those that were not come to."""
-        released = [run.taken.id for run in each if run.outcome == RELEASED] + list(left)
+        released = [id for run in each if run.outcome == RELEASED for id in run.ids] + list(left)
         for run in each:
             if run.outcome == RETRY:
                 self.write_retry(connection, run, None)
@@ -123,7 +124,7 @@ class LockedDelivery(Delivery):
                 connection.execute(text(f"SET LOCAL lock_timeout = '{SETTLE_LOCK_TIMEOUT}'"))
                 done = [run for run in each if run.outcome == DONE]
                 if done and self.store.was_committed(connection, number):
-                    ids = [run.taken.id for run in done]
+                    ids = [id for run in done for id in run.ids]
                     self.store.acknowledge_committed(connection, ids, self.envelope.dispatches)
                 else:
                     for run in done:
@@ -176,26 +177,38 @@ class _Chunk:
         delivery = self._delivery
         rows, self.number = delivery.store.take_locked(self._connection, ids, delivery.envelope.dispatches)
         arguments = delivery.decode(rows, self._connection)
-        for position, (row, one) in enumerate(zip(rows, arguments, strict=True)):
-            run = self._run_one(row, one)
+        parts = delivery.parts(rows, arguments)
+        while parts:
+            part = parts.pop(0)
+            run = self._run_part(part)
             delivery.count(run)
-            slow = time.monotonic() - self._started > SLOW_BUNDLE * delivery.runtime.settings.bundle_target
-            if self._transaction.lost or self._must_stop(run) or (slow and not delivery.single):
-                self.left = [later.id for later in rows[position + 1 :]]
+            if run.outcome == SPLIT:
+                parts = [*halves(part), *parts]
+            else:
+                self.runs.append(run)
+            if self._transaction.lost or self._must_stop(run) or self._is_slow:
+                self.left = [row.id for later, _ in parts for row in later]
                 self.cut_short = True
                 return
             if self._transaction.savepoints >= SAVEPOINTS:
-                self.beyond = [later.id for later in rows[position + 1 :]]
+                self.beyond = [row.id for later, _ in parts for row in later]
                 return
+
+    @property
+    def _is_slow(self) -> bool:
+        """Whether a bundle takes much longer than planned. How long a list takes is its listener's own business."""
+        if self._delivery.single or self._delivery.listener.batch is not None:
+            return False
+        return time.monotonic() - self._started > SLOW_BUNDLE * self._delivery.runtime.settings.bundle_target
 
     def _must_stop(self, run: Run) -> bool:
         return run.outcome == RELEASED and not isinstance(run.error, Reject)
 
-    def _run_one(self, row: Taken, arguments: dict[str, Any] | DecodeError) -> Run:
+    def _run_part(self, part: Part) -> Run:
+        rows, arguments = part
         inside = _Inside(self._delivery, self._connection, self._transaction)
-        run = Run(self._delivery.task, row, self._delivery.task_id(row), inside.invoke)
-        self.runs.append(run)
-        if not self._delivery.wants(row):
+        run = self._delivery.make_run(rows, inside.invoke)
+        if not self._delivery.wants(rows[0]):
             run.outcome = RELEASED
             run.error = Reject("not an operation of this release's listener", requeue=True)
             return run
@@ -203,7 +216,7 @@ class _Chunk:
         if self._delivery.single:
             inside.before_return = lambda: self._commit_inside(run)
         self._delivery.trace(run, arguments)
-        if inside.committed and run.outcome in (RETRY, FAILED, RELEASED):
+        if inside.committed and run.outcome in (RETRY, FAILED, RELEASED, SPLIT):
             # Its savepoint is released, so only the whole transaction can take back what it did.
             self._transaction.lose()
         return run
@@ -231,7 +244,7 @@ class _Chunk:
 
     def _commit_inside(self, run: Run) -> None:
         """Acknowledge and commit inside the run, so that Celery tells of a success only once it is true."""
-        self._acknowledge([run.taken.id])
+        self._acknowledge(run.ids)
         self._transaction.commit()
         self.settled = True
 
@@ -247,7 +260,7 @@ class _Chunk:
         if self._transaction.lost:
             return False
         try:
-            done = [run.taken.id for run in self.runs if run.outcome == DONE]
+            done = [id for run in self.runs if run.outcome == DONE for id in run.ids]
             if done:
                 self._acknowledge(done)
             self._delivery.write(self._connection, self.runs, self.left)

@@ -12,7 +12,7 @@ import datetime
 import logging
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from celery.exceptions import Ignore, Reject, Retry
@@ -35,6 +35,8 @@ RETRY = "retry"
 FAILED = "failed"
 RELEASED = "released"
 """Circumstances ended the run, not the listener: to be given back."""
+SPLIT = "split"
+"""A list of notifications failed together: its halves are run instead."""
 
 
 class Acknowledging(Protocol):
@@ -108,18 +110,32 @@ class Run:
         self._begun = False
 
     @property
+    def rows(self) -> Sequence[Taken]:
+        """All notifications that it is of."""
+        return (self.taken,)
+
+    @property
+    def ids(self) -> list[int]:
+        """Return the ids of its rows."""
+        return [row.id for row in self.rows]
+
+    @property
     def notification(self) -> NotificationInfo:
         """What the listener can know of it."""
+        return self.info(self.taken, self.acknowledge)
+
+    def info(self, row: Taken, acknowledge: Acknowledging | None) -> NotificationInfo:
+        """Return what the listener can know of one row."""
         return NotificationInfo(
-            id=self.taken.id or None,
-            channel=self.taken.channel,
+            id=row.id or None,
+            channel=row.channel,
             listener=self.listener.name,
-            operation=self.taken.operation,
-            created_at=self.taken.created_at,
-            retries=self.taken.retries,
-            context=dict(self.taken.context or {}),
-            db_version=self.taken.db_version,
-            _acknowledge=self.acknowledge,
+            operation=row.operation,
+            created_at=row.created_at,
+            retries=row.retries,
+            context=dict(row.context or {}),
+            db_version=row.db_version,
+            _acknowledge=acknowledge,
         )
 
     def injected(self) -> dict[str, Any]:
@@ -160,6 +176,15 @@ class Run:
             raise
         except Exception as exc:
             if not self.is_transient(exc):
+                if len(self.rows) > 1:
+                    self._note(SPLIT, exc)
+                    logger.warning(
+                        "%d notifications of %s failed together, running them in halves: %s",
+                        len(self.rows),
+                        self.listener.name,
+                        one_line(exc),
+                    )
+                    raise Ignore("run in halves instead") from exc
                 self._note(FAILED, exc)
                 raise
             self._note(RELEASED, exc)
@@ -179,6 +204,29 @@ class Run:
         if error is not None:
             # Rendered now: the tracer clears the frames.
             self.error_text = render_traceback(error)
+
+
+class BatchRun(Run):
+    """Notifications that their listener is given as a list, and their fate in common."""
+
+    def __init__(self, task: ListenerTask, rows: Sequence[Taken], task_id: str, invoke: Callable[..., Any]) -> None:
+        # Its retries are counted by the row that has most.
+        super().__init__(task, max(rows, key=lambda row: row.retries), task_id, invoke)
+        self._rows = tuple(rows)
+        self.acknowledges: Callable[[Taken], Acknowledging] | None = None
+        """Makes what acknowledges one of the rows."""
+
+    @property
+    def rows(self) -> Sequence[Taken]:
+        """All notifications that it is of."""
+        return self._rows
+
+    def injected(self) -> dict[str, Any]:
+        """Return the notifications, where the listener declares them."""
+        if "notifications" not in self.listener.injected:
+            return {}
+        of = self.acknowledges
+        return {"notifications": [self.info(row, None if of is None else of(row)) for row in self._rows]}
 
 
 class _RetryRecord:

@@ -210,7 +210,8 @@ RETURNING {taken}
 """
 
 ACKNOWLEDGE_OWNED = """
-DELETE FROM {n} n WHERE n.id = :id AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
+DELETE FROM {n} n
+WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
 """
 
 IS_OWNED = """
@@ -241,6 +242,14 @@ RETRY = (
 UPDATE {n} n SET state = 'waiting', owner = NULL, retries = :retries, dispatches = 0, starts = 0,
     available_at = coalesce(CAST(:eta AS timestamptz), clock_timestamp() + make_interval(secs => :countdown))
 WHERE n.id = :id AND """
+    + _MINE
+)
+
+RETRY_ALL = (
+    """
+UPDATE {n} n SET state = 'waiting', owner = NULL, retries = n.retries + 1, dispatches = 0, starts = 0,
+    available_at = coalesce(CAST(:eta AS timestamptz), clock_timestamp() + make_interval(secs => :countdown))
+WHERE n.id = ANY (CAST(:ids AS bigint[])) AND """
     + _MINE
 )
 

@@ -148,6 +148,7 @@ class Store:
         self._is_owned = _sql(sql.IS_OWNED, n=n)
         self._renew = _sql(sql.RENEW, n=n)
         self._retry = _sql(sql.RETRY, n=n)
+        self._retry_all = _sql(sql.RETRY_ALL, n=n)
         self._fail = _sql(sql.FAIL, n=n)
         self._release = _sql(sql.RELEASE, n=n, given_back=sql.GIVEN_BACK)
         self._release_owned = _sql(sql.RELEASE_OWNED, n=n, given_back=sql.GIVEN_BACK)
@@ -397,7 +398,11 @@ class Store:
 
     def acknowledge_owned(self, connection: Connection, id: int, owner: uuid.UUID) -> bool:
         """Delete a finished row; False when it is no longer this owner's."""
-        return connection.execute(self._acknowledge_owned, {"id": id, "owner": str(owner)}).rowcount == 1
+        return self.acknowledge_all_owned(connection, [id], owner) == 1
+
+    def acknowledge_all_owned(self, connection: Connection, ids: Sequence[int], owner: uuid.UUID) -> int:
+        """Delete finished rows; return how many were still this owner's."""
+        return connection.execute(self._acknowledge_owned, {"ids": list(ids), "owner": str(owner)}).rowcount
 
     def is_owned(self, connection: Connection, id: int, owner: uuid.UUID) -> bool:
         """Whether the row is still there and this owner's, as committed."""
@@ -444,6 +449,28 @@ class Store:
             ).rowcount
             == 1
         )
+
+    def retry_all(
+        self,
+        connection: Connection,
+        ids: Sequence[int],
+        *,
+        owner: uuid.UUID | None,
+        dispatches: int,
+        countdown: float | None = None,
+        eta: datetime.datetime | None = None,
+    ) -> int:
+        """Make taken rows wait for their next run, each with one retry more; return how many were not lost."""
+        return connection.execute(
+            self._retry_all,
+            {
+                "ids": list(ids),
+                "owner": None if owner is None else str(owner),
+                "dispatches": dispatches,
+                "countdown": countdown or 0.0,
+                "eta": eta,
+            },
+        ).rowcount
 
     def fail(
         self,

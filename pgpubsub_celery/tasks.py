@@ -18,7 +18,13 @@ from celery.local import Proxy
 from pgpubsub_celery.channels import Channel, TriggerChannel, check_declared
 from pgpubsub_celery.delivery import deliver, own_session
 from pgpubsub_celery.errors import ListenerError
-from pgpubsub_celery.listeners import Listener, read_operations, read_parameters, register_listener
+from pgpubsub_celery.listeners import (
+    Listener,
+    read_batch_parameters,
+    read_operations,
+    read_parameters,
+    register_listener,
+)
 from pgpubsub_celery.messages import KEYWORD
 from pgpubsub_celery.runs import NotificationInfo, current_run
 from pgpubsub_celery.runtime import Runtime
@@ -126,6 +132,8 @@ def _filled_in(task: ListenerTask, args: tuple[Any, ...], kwargs: dict[str, Any]
         filled["context"] = {}
     if "notification" in missing:
         filled["notification"] = None
+    if "notifications" in missing:
+        filled["notifications"] = []
     with contextlib.ExitStack() as stack:
         if "session" in missing:
             filled["session"] = stack.enter_context(own_session(Runtime.of(task.app)))
@@ -139,6 +147,7 @@ def channel_task(
     changed: Iterable[str] | str = (),
     condition: Any = None,
     filter: Any = None,
+    batch: int | None = None,
     bundle: int | Literal["auto"] | None = None,
     aliases: Iterable[str] = (),
     app: Celery | None = None,
@@ -155,6 +164,9 @@ def channel_task(
         changed: for updates: only when one of these columns really changed.
         condition: SQL over `old` and `new` (text or an SQLAlchemy expression) that a change must meet.
         filter: a condition that a stored notification must meet to be claimed for this listener.
+        batch: the function is given a list of up to so many channel instances at once, and `notifications` instead of
+            `notification`; they are acknowledged together. Where they fail together, the halves are run, and theirs,
+            until the one that fails stands alone. A retry is all of theirs.
         bundle: notifications in one message, at most; "auto" for as many as are done within `bundle_target`, by what
             workers have measured. Default: "auto" for listeners with `session`, 1 for others, because one crash is
             not to repeat a hundred calls of somebody else's service.
@@ -173,6 +185,10 @@ def channel_task(
         aliases = (aliases,)
     if bundle not in (None, "auto") and (isinstance(bundle, bool) or not isinstance(bundle, int) or bundle < 1):
         raise ListenerError(f'bundle={bundle!r}: expected a whole number of at least 1, "auto" or None.')
+    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+        raise ListenerError(f"batch={batch!r}: expected a whole number of at least 1, or None.")
+    if batch is not None and bundle is not None:
+        raise ListenerError(f"batch={batch!r} and bundle={bundle!r}: a batch is what a message carries; leave one out.")
     operations = read_operations(channel, on)
     if (tuple(changed) or condition is not None) and not issubclass(channel, TriggerChannel):
         raise ListenerError(f"changed= and condition= are for trigger channels; {channel.name()} is not one.")
@@ -183,7 +199,12 @@ def channel_task(
                 f"{function.name} is a Celery task already: apply @channel_task to the plain function, once; "
                 "for a second channel, write a second function that calls the first."
             )
-        fields, injected = read_parameters(function, channel, bound=bool(celery_task_options.get("bind")))
+        bound = bool(celery_task_options.get("bind"))
+        fields: tuple[str, ...]
+        if batch is None:
+            fields, injected = read_parameters(function, channel, bound=bound)
+        else:
+            fields, injected = read_batch_parameters(function, bound=bound)
         options = dict(celery_task_options)
         options["name"] = options.get("name") or _task_name(function, app)
         listener = Listener(
@@ -196,6 +217,7 @@ def channel_task(
             condition=condition,
             filter=filter,
             aliases=tuple(aliases),
+            batch=batch,
             bundle=bundle,
         )
         register_listener(listener)
@@ -259,10 +281,6 @@ def _check_options(options: dict[str, Any]) -> None:
             raise ListenerError(
                 f"{name}=True has no use on a listener: its notification's lease redelivers it; leave it out."
             )
-    if "batch" in options:
-        raise ListenerError(
-            "batch= is not supported by this release: use bundle= to send many notifications in one message."
-        )
     if options.get("pydantic"):
         raise ListenerError("pydantic=True has no use on a listener: its channel's fields are typed; leave it out.")
 

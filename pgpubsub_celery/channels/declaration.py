@@ -12,7 +12,7 @@ import math
 import re
 import sys
 import typing
-from typing import Any, ClassVar, Generic, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias
 
 from typing_extensions import TypeVar
 
@@ -117,6 +117,16 @@ class TriggerChannel(Channel, Generic[M]):
     """What is stored of a row: "all", "key" (the primary key alone) or columns, to which the primary key is added."""
     exclude: ClassVar[Columns] = ()
     """Columns whose values never leave the table."""
+
+    if TYPE_CHECKING:  # no fields: instances are what a listener with batch= is given
+
+        @property
+        def old(self) -> M | None:
+            """The row before the change; None for an insert."""
+
+        @property
+        def new(self) -> M | None:
+            """The row after the change; None for a delete."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Find the model in `TriggerChannel[Model]`."""

@@ -14,7 +14,14 @@ from tests.fixtures import shop as shop_app
 from tests.fixtures.processes import Shop
 from tests.fixtures.shop import Base
 
-SHOP_CHANNELS = [shop_app.Order, shop_app.SpecialOrder, shop_app.Call, shop_app.Ping, shop_app.AuthorChanges]
+SHOP_CHANNELS = [
+    shop_app.Order,
+    shop_app.SpecialOrder,
+    shop_app.Call,
+    shop_app.Entry,
+    shop_app.Ping,
+    shop_app.AuthorChanges,
+]
 
 
 @pytest.fixture

@@ -99,6 +99,19 @@ def test_ten_thousand_rows_of_one_statement_arrive_once_each_with_flat_memory(sh
     assert most - before < 32 * 1024 * 1024
 
 
+def test_a_list_is_handled_at_once_and_what_is_poisonous_in_it_fails_alone(shop: Shop, database: Engine) -> None:
+    """Through a real bridge, broker and worker."""
+    emit(database, *(app.Entry(number=n) for n in [*range(99), app.POISON]))
+    shop.worker()
+    shop.bridge("--recover")
+    eventually(lambda: states(database) == {"failed": 1}, "one has failed, the others are done")
+    found = effects(database)
+    lists = {value: count for (kind, value), count in found.items() if kind == "list"}
+    assert {value for kind, value in found if kind == "entry"} == set(range(99))
+    assert sum(value * count for value, count in lists.items()) == 99
+    assert max(lists) > 10
+
+
 # --channels
 
 
