@@ -8,10 +8,12 @@ a message need not carry.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
@@ -21,7 +23,7 @@ from pgpubsub_celery import subscriptions
 from pgpubsub_celery.apps import load_app
 from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.channels import Channel, select_channels
-from pgpubsub_celery.dispatch import Dispatched, Dispatcher, Standing
+from pgpubsub_celery.dispatch import Batch, Dispatcher, Standing
 from pgpubsub_celery.emit import EnqueuedTask
 from pgpubsub_celery.errors import ConnectionLostError, NotInstalledError, ReadOnlyDatabaseError
 from pgpubsub_celery.listeners import Listener, registered_listeners
@@ -76,6 +78,8 @@ class ListenOptions:
     """Module paths; empty for all that are registered."""
     recover: str | None = None
     """None, "all" (held and failed) or "waiting" (held)."""
+    resume: bool = False
+    """This follows a process that has listened, and was its supervisor, too: nothing is stored "before" it."""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     """Settings given as options; they go before environment and Celery configuration."""
     loglevel: str = "info"
@@ -95,6 +99,7 @@ def run(control: Control, options: ListenOptions) -> None:
     """
     app = load_app(options.app)
     settings = Settings.load(app.conf, **options.settings)
+    control.replacement = control.replacement or options.resume
     Bridge(app, settings, select_channels(options.channels), control, recover=options.recover).run()
 
 
@@ -127,6 +132,9 @@ class Bridge:
         self._bounds: Mapping[int, Bound] = {}
         self._turn = 0
         self._measure_at = float("-inf")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pgpubsub-publish")
+        self._batch: Batch | None = None
+        self._outage: BaseException | None = None
 
     def run(self) -> None:
         """Listen until the control says stop; reconnect for as long as that takes."""
@@ -144,7 +152,10 @@ class Bridge:
                     if not _is_outage(exc):
                         raise
                     self._database_trouble.met(exc, self._control)
+                finally:
+                    self._forget()
         finally:
+            self._thread.shutdown()
             self._broker.close()
 
     def _serve(self, link: Link) -> None:
@@ -220,32 +231,49 @@ class Bridge:
                 claimed[row.subscription] = claimed.get(row.subscription, 0) + 1
         full = len(claim.rows) >= batch_size
         standings: dict[int, Standing] = {}
-        limited = False
+        limited, soon = False, float("inf")
         for quota in quotas:
             id, in_flight = quota.subscription, claim.in_flight.get(quota.subscription, 0)
             self._paces[id].observe(in_flight, claimed.get(id, 0), now)
             used_up = in_flight + claimed.get(id, 0) >= quota.limit
-            limited = limited or used_up
+            if used_up:
+                limited, soon = True, min(soon, self._paces[id].seconds_for(quota.limit / 4))
             standings[id] = Standing(in_flight=in_flight, more=full or used_up)
         if claim.rows and now >= self._measure_at:
             self._measure_at = now + MEASURE_SECONDS
             dispatcher.measured = self._store.run_times(link.claims, list(listeners))
-        outcome = dispatcher.dispatch(link.claims, claim.rows, standings) if claim.rows else Dispatched(0, None)
+        self.finish(link, dispatcher)
         if claim.rows:
-            logger.debug("claimed %d, published %d", len(claim.rows), outcome.published)
+            # Where the next claim follows at once, it need not wait for this to be published.
+            overlaps = self._outage is None and (full or (limited and len(claim.rows) >= WORTH_A_LOOK))
+            self._batch = dispatcher.begin(claim.rows, standings, self._thread if overlaps else None)
+            if not overlaps:
+                self.finish(link, dispatcher)
+        outage, self._outage = self._outage, None
+        if outage is None:
+            self._broker_trouble.over()
+        return _Looked(claimed=len(claim.rows), full=full, limited=limited, soon=soon, outage=outage)
+
+    def finish(self, link: Link, dispatcher: Dispatcher) -> None:
+        """Settle the batch that is being published, if any. The next look tells whether the broker took it."""
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return
+        outcome = dispatcher.finish(link.claims, batch)
+        logger.debug("published %d notification(s)", outcome.published)
         if outcome.outage is not None:
             # What was given back is before where the drain stood, and no worker has finished it.
             self._bounds = {}
             for pace in self._paces.values():
                 pace.disregard()
-        else:
-            self._broker_trouble.over()
-        return _Looked(
-            claimed=len(claim.rows),
-            full=full,
-            limited=limited,
-            outage=outcome.outage,
-        )
+            self._outage = self._outage or outcome.outage
+
+    def _forget(self) -> None:
+        """Wait for what a lost connection's thread is publishing: the leases settle it, or a worker already has."""
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            with contextlib.suppress(Exception):
+                batch.outcomes()
 
     def _quotas(self, listeners: Mapping[int, Listener]) -> list[Quota]:
         quotas = []
@@ -331,6 +359,8 @@ class _Looked:
     full: bool
     limited: bool
     """A quota was used up: there may be more."""
+    soon: float
+    """Seconds in which a quarter of a quota that was used up should be free again."""
     outage: BaseException | None
 
 
@@ -348,7 +378,13 @@ class _Watch:
         self._sweep_at = time.monotonic() + bridge.settings.poll_interval
 
     def run(self) -> None:
-        """Look, and wait for what makes another look worth while, until asked to stop."""
+        """Look, and wait for what makes another look worth while, until asked to stop; then finish the last batch."""
+        try:
+            self._run()
+        finally:
+            self._bridge.finish(self._link, self._dispatcher)
+
+    def _run(self) -> None:
         bridge, stopping = self._bridge, self._bridge.control.stopping
         while not stopping.is_set():
             self._hear()
@@ -375,7 +411,7 @@ class _Watch:
         if looked.claimed:
             self._empty = 0
             if looked.limited:
-                return 0.0 if looked.claimed >= WORTH_A_LOOK else QUOTA_MOMENT
+                return 0.0 if looked.claimed >= WORTH_A_LOOK else max(MOMENT, min(QUOTA_MOMENT, looked.soon))
             if self._link.asleep and not self._under_load():
                 return 0.0  # one more look: what is claimed alone says nothing of what else is due
             self._link.open_doors()
@@ -392,7 +428,7 @@ class _Watch:
         due = None if looked.limited else self._bridge.next_due(self._link, self._listeners)
         if looked.limited or (due is not None and due <= 0):
             # More is due than can be had: in flight up to the quota, or locked by a run that outlives its lease.
-            waits.append(self._doubling(FULL_MOMENT))
+            waits.append(max(MOMENT, min(self._doubling(FULL_MOMENT), looked.soon)))
         elif due is not None:
             waits.append(due)
         if len(kept) < len(self._bridge.stored):
@@ -412,6 +448,8 @@ class _Watch:
             if notify.payload:
                 message = self._assembler.add(notify.payload)
                 if message is not None:
+                    # One at a time: the broker connection is not for two threads.
+                    self._bridge.finish(self._link, self._dispatcher)
                     self._bridge.publish_unstored(self._dispatcher, message)
             else:
                 self._rings.append(time.monotonic())

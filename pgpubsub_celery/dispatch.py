@@ -12,7 +12,8 @@ import functools
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 from celery import Celery
@@ -26,6 +27,7 @@ from pgpubsub_celery.channels import Channel
 from pgpubsub_celery.emit import EnqueuedTask
 from pgpubsub_celery.listeners import Listener, listeners_of
 from pgpubsub_celery.messages import Address, Envelope, Message, build_messages
+from pgpubsub_celery.publishing import Publisher
 from pgpubsub_celery.runs import one_line
 from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.signatures import publish_signature
@@ -59,6 +61,18 @@ class Dispatched:
     """Why the broker did not take all of it, when that is the broker's doing."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What one claim has become, published or about to be."""
+
+    speaks_for: Sequence[list[tuple[int, int]]]
+    """For each message its rows, as (id, dispatches)."""
+    goes: Sequence[bool]
+    """For each message whether its rows go once it is confirmed."""
+    outcomes: Callable[[], list[BaseException | None]]
+    """Returns what became of each message; publishes, or waits for the thread that does."""
+
+
 class Dispatcher:
     """Publishes the notifications of the listeners that this process knows."""
 
@@ -82,6 +96,15 @@ class Dispatcher:
         self, connection: Connection, claimed: Sequence[Claimed], standings: Mapping[int, Standing] | None = None
     ) -> Dispatched:
         """Publish claimed rows and settle those that were not confirmed, or that go once they were."""
+        return self.finish(connection, self.begin(claimed, standings))
+
+    def begin(
+        self,
+        claimed: Sequence[Claimed],
+        standings: Mapping[int, Standing] | None = None,
+        thread: Executor | None = None,
+    ) -> Batch:
+        """Build the messages of claimed rows; with a `thread`, publish them there from now on, else in `finish`."""
         fresh = Counter(row.subscription for row in claimed if row.dispatches == 1)
         addresses = {
             id: self._address(id, fresh[id], (standings or {}).get(id, _NEW))
@@ -91,17 +114,24 @@ class Dispatcher:
         others = [row for row in claimed if self._listeners[row.subscription].channel is not EnqueuedTask]
         messages = build_messages(others, addresses, self._installation)
         publications: list[Publication] = [functools.partial(_publish_enqueued, row) for row in enqueued]
-        publications += [functools.partial(_publish_notifications, message) for message in messages]
+        publisher = Publisher()
+        publications += [functools.partial(publisher.publish, message) for message in messages]
         speaks_for = [[(row.id, row.dispatches)] for row in enqueued] + [message.claimed for message in messages]
         goes = [True] * len(enqueued) + [bool(message.envelope.carried) for message in messages]
+        # If we die after it has published, the messages are out and the lease stands: nothing is left to do but for
+        # `goes`, whose rows come again and are published twice.
+        publish = functools.partial(self._broker.publish, publications)
+        return Batch(speaks_for, goes, publish if thread is None else thread.submit(publish).result)
+
+    def finish(self, connection: Connection, batch: Batch) -> Dispatched:
+        """Wait for a batch to be published, and settle it."""
         try:
-            # If we die after this, the messages are out and the lease stands: nothing is left to do but for `goes`,
-            # whose rows come again and are published twice.
-            outcomes = self._broker.publish(publications)
+            outcomes = batch.outcomes()
         except BaseException:
-            self._store.release_unpublished(connection, [(row.id, row.dispatches) for row in claimed])
+            claimed = [row for rows in batch.speaks_for for row in rows]
+            self._store.release_unpublished(connection, claimed)
             raise
-        return self._settle(connection, speaks_for, goes, outcomes)
+        return self._settle(connection, batch.speaks_for, batch.goes, outcomes)
 
     def dispatch_unstored(self, message: Mapping[str, Any], channels: Sequence[type[Channel]]) -> BaseException | None:
         """Publish one message that is not stored, to each of its channel's listeners; return why not, if not all."""
@@ -110,6 +140,7 @@ class Dispatcher:
         name = message.get("channel")
         carried = {key: message.get(key) for key in ("operation", "payload", "context", "created_at", "db_version")}
         publications: list[Publication] = []
+        publisher = Publisher()
         for channel in channels:
             if name not in (channel.name(), *channel.aliases):
                 continue
@@ -124,7 +155,7 @@ class Dispatcher:
                         carried=(carried,),
                     )
                     one = Message(task=listener.name, task_id=str(uuid.uuid4()), envelope=envelope)
-                    publications.append(functools.partial(_publish_notifications, one))
+                    publications.append(functools.partial(publisher.publish, one))
         failed = [outcome for outcome in self._broker.publish(publications) if outcome is not None]
         return failed[0] if failed else None
 
@@ -222,33 +253,6 @@ def bundling_of(listener: Listener, app: Celery, settings: Settings) -> Bundling
         target=settings.bundle_target,
         time_limit=min((float(limit) for limit in limits if limit), default=None),
     )
-
-
-def _publish_notifications(message: Message, app: Celery, producer: Producer) -> None:
-    task = app.tasks[message.task]
-    count = len(message.envelope.ids or message.envelope.carried)
-    options = {name: value for name, value in task._get_exec_options().items() if value is not None}  # noqa: SLF001
-    # As the task's apply_async does, but for task_always_eager, which is for tests of the writer's process.
-    app.send_task(
-        task.name,
-        (),
-        message.envelope.to_kwargs(),
-        task_id=message.task_id,
-        producer=producer,
-        task_type=task,
-        retry=False,
-        argsrepr="()",
-        kwargsrepr=_describe(message, count),
-        shadow=None if count == 1 else f"{task.name} ×{count}",
-        add_to_parent=False,
-        **{"ignore_result": task.ignore_result, **options},
-    )
-
-
-def _describe(message: Message, count: int) -> str:
-    envelope = message.envelope
-    what = "notification" if count == 1 else f"{count} notifications"
-    return f"<{what} {', '.join(map(str, envelope.ids[:3]))}{', …' if count > 3 else ''} of {envelope.channel}>"
 
 
 def _publish_enqueued(row: Claimed, app: Celery, producer: Producer) -> None:

@@ -38,6 +38,10 @@ class Pace:
         """Return how many are finished each second, while there is something to do."""
         return self._finished / max(self._busy, SHORTEST)
 
+    def seconds_for(self, count: float) -> float:
+        """Return the seconds in which so many should be finished; infinite while nothing is known."""
+        return count / self.rate if self.rate > 0 else float("inf")
+
     @property
     def quota(self) -> int:
         """Return how many may be in flight.

@@ -38,7 +38,11 @@ class Looking:
     outage: list[Exception]
 
     def look(self) -> Any:
-        return self.bridge.claim_and_dispatch(self.link, self.dispatcher, self.listeners)
+        looked = self.bridge.claim_and_dispatch(self.link, self.dispatcher, self.listeners)
+        # What is published while the next look claims is told by the next; here each look is the last.
+        self.bridge.finish(self.link, self.dispatcher)
+        outage, self.bridge._outage = self.bridge._outage, None
+        return dataclasses.replace(looked, outage=looked.outage or outage)
 
     @property
     def quota(self) -> int:

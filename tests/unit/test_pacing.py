@@ -192,3 +192,12 @@ def test_success_begins_anew() -> None:
     assert backoff.next() <= 0.25
     assert backoff.reset() is True
     assert backoff.reset() is False
+
+
+def test_how_long_so_many_take_follows_from_the_rate() -> None:
+    """A bridge at its quota looks again when a part of it should be free."""
+    pace = Pace(1000, 60.0)
+    assert pace.seconds_for(10) == float("inf")
+    for second in range(20):
+        pace.observe(0 if second == 0 else 100, 100, float(second))
+    assert pace.seconds_for(50) == pytest.approx(0.5, rel=0.2)
