@@ -30,6 +30,7 @@ from pgpubsub_celery.subscriptions import (
     wanted_channel,
 )
 from pgpubsub_celery.triggers import COMMENT, TriggerDefinition, trigger_definitions
+from pgpubsub_celery.upgrades import pending
 
 # Colons and percent signs are literal in what it compiles.
 _DIALECT = PGDialect(paramstyle="named")  # type: ignore[no-untyped-call]
@@ -196,9 +197,11 @@ def own_steps(connection: Connection, names: Names, channels: Sequence[type[Chan
     steps: list[Step] = []
     if connection.execute(text("SELECT to_regnamespace(:schema)"), {"schema": schema}).scalar() is None:
         steps.append(Step(what=f"the schema {names.schema} is missing", statements=(f"CREATE SCHEMA {schema}",)))
-    steps += _table_steps(connection, names)
-    installation, installation_steps = _installation(connection, names)
-    steps += installation_steps
+    _refuse_others_objects(connection, names)
+    installation, version, version_steps = _installation(connection, names)
+    # First what an older version lacks: the rest may be about that.
+    upgrades = [] if version is None else upgrade_steps(names, version)
+    steps += upgrades + _table_steps(connection, names, whole=not upgrades) + version_steps
     steps += _function_steps(connection, names, installation)
     has_channels = relation_of(connection, names.channel) is not None
     known = {row.name: row for row in (read_channels(connection, names) if has_channels else [])}
@@ -267,8 +270,16 @@ def unused_functions(connection: Connection, names: Names) -> list[Step]:
     ]
 
 
-def _table_steps(connection: Connection, names: Names) -> list[Step]:
-    _refuse_others_objects(connection, names)
+def upgrade_steps(names: Names, version: int) -> list[Step]:
+    """Return what the tables of an older version lack, a step for each version between."""
+    return [
+        Step(what=f"version {one.to} of the schema: {one.what}", statements=tuple(one.up(names)))
+        for one in pending(version)
+    ]
+
+
+def _table_steps(connection: Connection, names: Names, *, whole: bool) -> list[Step]:
+    """Return which tables are missing. Those that exist must be `whole`, unless they are being upgraded."""
     steps: list[Step] = []
     for table in tables(names.schema):
         name = qualified(table.schema, table.name)
@@ -280,7 +291,7 @@ def _table_steps(connection: Connection, names: Names) -> list[Step]:
             {"name": name},
         )
         lacking = {column.name for column in table.columns} - set(columns.scalars())
-        if lacking:
+        if lacking and whole:
             raise PgPubSubError(
                 f"The table {name} exists and has no column {', '.join(sorted(lacking))}: it is not this package's, or "
                 "of an unreleased version. Rename it, or name another schema in PGPUBSUB_SCHEMA or pgpubsub_schema."
@@ -328,25 +339,25 @@ def _refuse_others_objects(connection: Connection, names: Names) -> None:
             )
 
 
-def _installation(connection: Connection, names: Names) -> tuple[uuid.UUID, list[Step]]:
-    """Return the installation's id, which it may yet have to be given, and what differs of id and version."""
+def _installation(connection: Connection, names: Names) -> tuple[uuid.UUID, int | None, list[Step]]:
+    """Return the installation's id, which it may yet have to be given, its version, and what differs of both."""
     row = None
     if relation_of(connection, names.installation) is not None:
         row = connection.execute(text(f"SELECT id, version FROM {names.installation}")).first()
     if row is None:
         id = uuid.uuid4()
         insert = f"INSERT INTO {names.installation} (id, version) VALUES ('{id}', {VERSION})"
-        return id, [Step(what="the installation has no id", statements=(insert,))]
+        return id, None, [Step(what="the installation has no id", statements=(insert,))]
     if row.version > VERSION:
         raise PgPubSubError(
             f"The database has version {row.version} of the schema, this release has {VERSION}: a downgrade is not "
             "possible; use the release that installed it, or a newer one."
         )
     if row.version == VERSION:
-        return row.id, []
+        return row.id, row.version, []
     update = f"UPDATE {names.installation} SET version = {VERSION}"
     what = f"the schema has version {row.version}, this release needs {VERSION}"
-    return row.id, [Step(what=what, statements=(update,))]
+    return row.id, row.version, [Step(what=what, statements=(update,))]
 
 
 def _function_steps(connection: Connection, names: Names, installation: uuid.UUID) -> list[Step]:

@@ -85,6 +85,11 @@ class Function:
     """Whether everybody may execute it: only what neither reads nor writes anything."""
 
 
+def digest_of(create: str) -> str:
+    """Return the digest of the statement that creates a function."""
+    return hashlib.sha256(create.strip().encode()).hexdigest()[:16]
+
+
 def functions(schema: str, installation: uuid.UUID) -> list[Function]:
     """Return the functions in the order to create them."""
     s = quote_identifier(schema) + "."
@@ -95,7 +100,7 @@ def functions(schema: str, installation: uuid.UUID) -> list[Function]:
         return Function(
             signature=signature,
             create=template.format(installation=installation, **values).strip(),
-            hash=hashlib.sha256(anonymous.encode()).hexdigest()[:16],
+            hash=digest_of(anonymous),
             public=public,
         )
 

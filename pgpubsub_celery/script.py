@@ -6,7 +6,6 @@ Owns the text. It does what `install` does on an empty or older database, and no
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 
 from pgpubsub_celery.channels import Channel
@@ -15,6 +14,7 @@ from pgpubsub_celery.listeners import Listener
 from pgpubsub_celery.schema import VERSION, Names, functions, quote_identifier, quote_literal
 from pgpubsub_celery.subscriptions import changes, channel_statement, text_array, wanted_channel
 from pgpubsub_celery.triggers import COMMENT, TriggerDefinition
+from pgpubsub_celery.upgrades import NO_INSTALLATION, Upgrade, pending
 
 
 def install_script(names: Names, channels: Sequence[type[Channel]]) -> str:
@@ -22,6 +22,7 @@ def install_script(names: Names, channels: Sequence[type[Channel]]) -> str:
     statements: list[str] = []
     if names.schema != "public":
         statements.append(f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(names.schema)}")
+    statements += [_upgrade(names, one) for one in pending(0)]
     for table in tables(names.schema):
         statements += table_statements(table)
     statements.append(
@@ -36,12 +37,21 @@ def install_script(names: Names, channels: Sequence[type[Channel]]) -> str:
     return "BEGIN;\n\n" + "".join(f"{statement};\n\n" for statement in statements) + "COMMIT;\n"
 
 
+def _upgrade(names: Names, upgrade: Upgrade) -> str:
+    """What the tables of an older version lack: before the rest, which may be about that."""
+    executed = "\n".join(f"            EXECUTE {_quoted(statement)};" for statement in upgrade.up(names))
+    return _do(
+        f"BEGIN\n    IF to_regclass({quote_literal(names.installation)}) IS NOT NULL THEN\n"
+        f"        IF (SELECT version FROM {names.installation}) < {upgrade.to} THEN\n{executed}\n        END IF;\n"
+        "    END IF;\nEND"
+    )
+
+
 def _functions(names: Names) -> str:
     """The functions, with the id that the installation has or is given by the script."""
-    unknown = uuid.UUID(int=0)
     executed = "\n".join(
-        f"    EXECUTE replace({_quoted(statement)}, '{unknown}', installation);"
-        for function in functions(names.schema, unknown)
+        f"    EXECUTE replace({_quoted(statement)}, '{NO_INSTALLATION}', installation);"
+        for function in functions(names.schema, NO_INSTALLATION)
         for statement in function_statements(names, function)
     )
     version = f"(SELECT version FROM {names.installation})"
