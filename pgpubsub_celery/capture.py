@@ -89,12 +89,18 @@ class Capture:
 
     def function(self, name: str, *, by_row: bool) -> str:
         """Return the statement that creates the function `name`, for triggers of statements or of rows."""
+        body = dollar_quoted(self.body(by_row=by_row), "$function$")
+        prefix = self._sql.prefix
+        return f"CREATE OR REPLACE FUNCTION {prefix}{quote_identifier(name)}() RETURNS trigger{_SETTINGS}AS {body}"
+
+    def body(self, *, by_row: bool) -> str:
+        """Return what is between the function's dollar quotes."""
         sources = _RECORD if by_row else TRANSITION
         unneeded = [f"{self._sql.prefix}pgpubsub_suppressed({quote_literal(one)})" for one in self.names]
         if self._sides and not by_row:
             unneeded.insert(0, f"NOT EXISTS (SELECT FROM {sources[self._sides[-1]]})")
         variables = [f"\n    {variable} bigint[];" for variable, _ in self._conditions]
-        body = _BODY.format(
+        return _BODY.format(
             names=text_array(self.names),
             columns=text_array(self._keys),
             variables="".join(variables),
@@ -102,10 +108,6 @@ class Capture:
             s=self._sql.prefix,
             conditions="".join(self._evaluate(variable, one, sources) for variable, one in self._conditions),
             emit=self._store(sources) if self.stored else self._send(sources),
-        )
-        return (
-            f"CREATE OR REPLACE FUNCTION {self._sql.prefix}{quote_identifier(name)}() RETURNS trigger{_SETTINGS}AS "
-            + (dollar_quoted(body, "$function$"))
         )
 
     def _store(self, sources: Mapping[str, str]) -> str:
@@ -270,6 +272,15 @@ def without_virtual(function: str, table: str) -> str:
     """
     body = _WITHOUT_VIRTUAL.format(function=quote_literal(function), table=quote_literal(table))
     return f"DO {dollar_quoted(body, '$ddl$')}"
+
+
+def source_without_virtual(source: str, virtual: Sequence[str], others: Sequence[str]) -> str:
+    """Return what `without_virtual` makes of a function's source. The names of the table's columns are quoted."""
+    for name in virtual:
+        source = source.replace(
+            f"CASE WHEN {name} IS DISTINCT FROM NULL THEN concat({name})", "CASE WHEN false THEN text ''"
+        )
+    return source.replace("changed.*", ", ".join(f"changed.{name}" for name in others)) if virtual else source
 
 
 def text_array(values: Iterable[str]) -> str:

@@ -1,26 +1,25 @@
 """How a database differs from what this release needs, and the statements that make each difference go away.
 
 Owns the comparison for `install`, which executes it, and `check`, which tells it: tables, functions, channels,
-subscriptions, triggers. Reads the catalog, which locks nothing of the users', and executes nothing.
+subscriptions. Triggers are `trigger_drift`'s. Reads the catalog, which locks nothing of the users', and executes
+nothing.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from sqlalchemy import Connection, MetaData, Table, text
+from sqlalchemy import Connection, Index, MetaData, Table, text
 from sqlalchemy.dialects.postgresql.base import PGDialect
-from sqlalchemy.schema import CreateIndex, CreateTable, DDLElement
+from sqlalchemy.schema import CreateIndex, CreateTable
 
 from pgpubsub_celery import models
-from pgpubsub_celery.channels import Channel, TriggerChannel, registered_channels, select_channels
+from pgpubsub_celery.channels import Channel, registered_channels, select_channels
 from pgpubsub_celery.emit import ENQUEUE_LISTENER, EnqueuedTask
 from pgpubsub_celery.errors import PgPubSubError
 from pgpubsub_celery.listeners import Listener, listeners_of
-from pgpubsub_celery.schema import VERSION, Function, Names, functions, quote_identifier, quote_literal
+from pgpubsub_celery.schema import VERSION, Function, Names, functions, quote_identifier
 from pgpubsub_celery.subscriptions import (
     changes,
     channel_statement,
@@ -29,46 +28,11 @@ from pgpubsub_celery.subscriptions import (
     read_subscriptions,
     wanted_channel,
 )
-from pgpubsub_celery.triggers import COMMENT, TriggerDefinition, trigger_definitions
+from pgpubsub_celery.trigger_drift import Step, qualified, relation_of
 from pgpubsub_celery.upgrades import pending
 
 # Colons and percent signs are literal in what it compiles.
 _DIALECT = PGDialect(paramstyle="named")  # type: ignore[no-untyped-call]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Step:
-    """One difference."""
-
-    what: str
-    """What is missing or different, for people."""
-    statements: tuple[str, ...] = ()
-    """What makes it go away; nothing where somebody has to decide."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trigger:
-    """A trigger of ours, as it is."""
-
-    relation: int
-    table: str
-    """Qualified and quoted."""
-    name: str
-    comment: str
-    function: str
-    """Qualified and quoted, without arguments."""
-
-    @property
-    def drop(self) -> tuple[str, ...]:
-        """The statements that remove it and, where no other trigger has it, its function."""
-        function = quote_literal(self.function)
-        return (
-            f"DROP TRIGGER IF EXISTS {quote_identifier(self.name)} ON {self.table}",
-            (
-                f"DO $pgpubsub$ BEGIN IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgfoid = to_regproc({function})) "
-                f"THEN DROP FUNCTION IF EXISTS {self.function}(); END IF; END $pgpubsub$"
-            ),
-        )
 
 
 # What is wanted
@@ -89,16 +53,6 @@ def listeners(channels: Sequence[type[Channel]]) -> list[Listener]:
     """Return the listeners of channels, and the bridge's own of `enqueue`."""
     found = [listener for channel in channels if channel is not EnqueuedTask for listener in listeners_of(channel)]
     return [*found, *([ENQUEUE_LISTENER] if EnqueuedTask in channels else [])]
-
-
-def definitions(names: Names, channels: Sequence[type[Channel]]) -> dict[str, list[TriggerDefinition]]:
-    """Return the triggers of channels, by the qualified name of their table, in its order."""
-    found: dict[str, list[TriggerDefinition]] = {}
-    for channel in channels:
-        if issubclass(channel, TriggerChannel):
-            for definition in trigger_definitions(channel, listeners_of(channel), names.schema):
-                found.setdefault(qualified(*definition.table), []).append(definition)
-    return dict(sorted(found.items()))
 
 
 def with_triggers(connection: Connection, names: Names, channels: Sequence[type[Channel]]) -> list[type[Channel]]:
@@ -127,14 +81,15 @@ def tables(schema: str) -> list[Table]:
 def table_statements(table: Table) -> list[str]:
     """Return the DDL of a table and its indexes; does nothing where they exist."""
     indexes = sorted(table.indexes, key=lambda index: str(index.name))
-    elements: list[DDLElement] = [
-        CreateTable(table, if_not_exists=True),
-        *(CreateIndex(one, if_not_exists=True) for one in indexes),
-    ]
-    statements = [str(element.compile(dialect=_DIALECT)).strip() for element in elements]
+    statements = [str(CreateTable(table, if_not_exists=True).compile(dialect=_DIALECT)).strip()]
+    statements += [_index_statement(index) for index in indexes]
     if table.name == models.Notification.__tablename__:
         statements.append(_storage_statement(table, models.STORAGE_PARAMETERS))
     return statements
+
+
+def _index_statement(index: Index) -> str:
+    return str(CreateIndex(index, if_not_exists=True).compile(dialect=_DIALECT)).strip()
 
 
 def _storage_statement(table: Table, parameters: Mapping[str, str]) -> str:
@@ -147,41 +102,6 @@ def function_statements(names: Names, function: Function) -> list[str]:
     signature = f"{names.prefix}{function.signature}"
     revoke = [] if function.public else [f"REVOKE ALL ON FUNCTION {signature} FROM PUBLIC"]
     return [function.create, *revoke, f"COMMENT ON FUNCTION {signature} IS 'pgpubsub:{function.hash}'"]
-
-
-# What there is
-
-
-def relation_of(connection: Connection, name: str) -> int | None:
-    """Return the oid of a table, or None where there is none."""
-    found = connection.execute(text("SELECT to_regclass(:name)::oid::bigint"), {"name": name}).scalar()
-    return None if found is None else int(found)
-
-
-def triggers(connection: Connection, names: Names) -> list[Trigger]:
-    """Return all triggers of ours, those whose function is. Not the copies that partitions have of their parent's."""
-    rows = connection.execute(
-        text(
-            "SELECT t.tgrelid::bigint AS relation, format('%I.%I', n.nspname, c.relname) AS table_name, "
-            "t.tgname AS name, format('%I.%I', f.nspname, p.proname) AS function_name, "
-            "obj_description(t.oid, 'pg_trigger') AS comment "
-            "FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace "
-            "JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_namespace f ON f.oid = p.pronamespace "
-            "WHERE f.nspname = :schema AND p.proname LIKE 'pgpubsub\\_%' AND t.tgparentid = 0 AND NOT t.tgisinternal "
-            "ORDER BY 2, 3"
-        ),
-        {"schema": names.schema},
-    )
-    return [
-        Trigger(
-            relation=row.relation,
-            table=row.table_name,
-            name=row.name,
-            comment=row.comment or "",
-            function=row.function_name,
-        )
-        for row in rows
-    ]
 
 
 # The difference
@@ -216,60 +136,6 @@ def own_steps(connection: Connection, names: Names, channels: Sequence[type[Chan
     return steps
 
 
-def trigger_steps(connection: Connection, names: Names, table: str, wanted: Sequence[TriggerDefinition]) -> list[Step]:
-    """Return which of the triggers that one table should have are missing or out of date."""
-    relation = relation_of(connection, table)
-    if relation is None:
-        return [Step(what=f"the table {table} of a trigger channel does not exist")]
-    existing = {trigger.name: trigger for trigger in triggers(connection, names) if trigger.relation == relation}
-    steps: list[Step] = []
-    for definition in wanted:
-        present = existing.get(definition.name)
-        if present is None or present.comment != COMMENT + definition.hash:
-            what = "is missing" if present is None else "is out of date"
-            steps.append(
-                Step(what=f"the trigger {definition.name} on {table} {what}", statements=tuple(definition.create))
-            )
-    return steps
-
-
-def unwanted_triggers(connection: Connection, names: Names) -> list[Step]:
-    """Return the triggers of ours that no registered channel wants."""
-    wanted = {
-        (relation_of(connection, table), name)
-        for table, mine in definitions(names, registered_channels()).items()
-        for definition in mine
-        for name in definition.names
-    }
-    return [
-        Step(what=f"the trigger {trigger.name} on {trigger.table} is not wanted any more", statements=trigger.drop)
-        for trigger in triggers(connection, names)
-        if (trigger.relation, trigger.name) not in wanted
-    ]
-
-
-def unused_functions(connection: Connection, names: Names) -> list[Step]:
-    """Return the trigger functions of ours that no trigger calls and no registered channel wants.
-
-    A table may be dropped without us.
-    """
-    wanted = [one.function for mine in definitions(names, registered_channels()).values() for one in mine]
-    rows = connection.execute(
-        text(
-            "SELECT format('%I.%I()', n.nspname, p.proname) FROM pg_proc p "
-            "JOIN pg_namespace n ON n.oid = p.pronamespace "
-            "WHERE n.nspname = :schema AND p.proname LIKE 'pgpubsub\\_%' AND p.prorettype = 'trigger'::regtype "
-            "AND p.proname <> ALL (CAST(:wanted AS text[])) "
-            "AND NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgfoid = p.oid) ORDER BY 1"
-        ),
-        {"schema": names.schema, "wanted": wanted},
-    )
-    return [
-        Step(what=f"the trigger function {function} is not used any more", statements=(f"DROP FUNCTION {function}",))
-        for function in rows.scalars()
-    ]
-
-
 def upgrade_steps(names: Names, version: int) -> list[Step]:
     """Return what the tables of an older version lack, a step for each version between."""
     return [
@@ -296,9 +162,29 @@ def _table_steps(connection: Connection, names: Names, *, whole: bool) -> list[S
                 f"The table {name} exists and has no column {', '.join(sorted(lacking))}: it is not this package's, or "
                 "of an unreleased version. Rename it, or name another schema in PGPUBSUB_SCHEMA or pgpubsub_schema."
             )
+        if whole:
+            steps += _index_steps(connection, table)
         if table.name == models.Notification.__tablename__:
             steps += _storage_steps(connection, table)
     return steps
+
+
+def _index_steps(connection: Connection, table: Table) -> list[Step]:
+    """Of a table that exists. Without the index, a claim behind a backlog takes seconds."""
+    name = qualified(table.schema, table.name)
+    found = connection.execute(
+        text(
+            "SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
+            "WHERE i.indrelid = to_regclass(:name) AND i.indisvalid"
+        ),
+        {"name": name},
+    )
+    present = set(found.scalars())
+    return [
+        Step(what=f"the index {index.name} on {name} is missing", statements=(_index_statement(index),))
+        for index in sorted(table.indexes, key=lambda index: str(index.name))
+        if index.name not in present
+    ]
 
 
 def _storage_steps(connection: Connection, table: Table) -> list[Step]:
@@ -365,24 +251,25 @@ def _function_steps(connection: Connection, names: Names, installation: uuid.UUI
     signatures = [names.prefix + function.signature for function in wanted]
     rows = connection.execute(
         text(
-            "SELECT f, obj_description(to_regprocedure(f)::oid, 'pg_proc') "
-            "FROM unnest(CAST(:signatures AS text[])) AS f WHERE to_regprocedure(f) IS NOT NULL"
+            "SELECT f AS signature, obj_description(p.oid, 'pg_proc') AS comment, p.prosrc AS source "
+            "FROM unnest(CAST(:signatures AS text[])) AS f JOIN pg_proc p ON p.oid = to_regprocedure(f)"
         ),
         {"signatures": signatures},
     )
-    comments: dict[str, Any] = {signature: comment for signature, comment in rows}  # noqa: C416 - rows are not tuples
+    present = {row.signature: row for row in rows}
     own_id = f"{names.prefix}pgpubsub_installation()"
     # Its functions know the id: one that was changed since has not reached them.
-    changed = own_id in comments and connection.execute(text(f"SELECT {own_id}")).scalar() != installation
+    changed = own_id in present and connection.execute(text(f"SELECT {own_id}")).scalar() != installation
     steps: list[Step] = []
     for function, signature in zip(wanted, signatures, strict=True):
-        if changed or comments.get(signature) != f"pgpubsub:{function.hash}":
-            what = "is out of date" if signature in comments else "is missing"
+        what = None
+        if signature not in present:
+            what = "is missing"
+        elif changed or present[signature].comment != f"pgpubsub:{function.hash}":
+            what = "is out of date"
+        elif function.source is not None and present[signature].source != function.source:
+            what = "has been edited"
+        if what is not None:
             statements = tuple(function_statements(names, function))
             steps.append(Step(what=f"the function {signature} {what}", statements=statements))
     return steps
-
-
-def qualified(schema: str | None, name: str) -> str:
-    """Return a table's name, quoted, with its schema if that is given."""
-    return quote_identifier(name) if schema is None else f"{quote_identifier(schema)}.{quote_identifier(name)}"

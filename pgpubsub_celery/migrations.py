@@ -1,7 +1,7 @@
 """Installing, upgrading, comparing and removing what this package needs in a database.
 
-Owns what users call for that, and the order in which it is done. What differs is `drift`'s, how long to wait for a
-table `attempts`'. Never removes a stored notification unasked, and leaves alone what others made.
+Owns what users call for that, and the order in which it is done. What differs is `drift`'s and `trigger_drift`'s, how
+long to wait for a table `attempts`'. Never removes a stored notification unasked, and leaves alone what others made.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import Any
 from sqlalchemy import Connection, Engine, MetaData, event, text
 from sqlalchemy.exc import DBAPIError
 
-from pgpubsub_celery import drift
+from pgpubsub_celery import drift, trigger_drift
 from pgpubsub_celery.attempts import Attempts, first_line
 from pgpubsub_celery.binds import is_autocommit, sqlstate_of
 from pgpubsub_celery.channels import Channel, TriggerChannel, registered_channels
-from pgpubsub_celery.drift import Step
 from pgpubsub_celery.emit import current_schema
 from pgpubsub_celery.errors import NotInstalledError, PgPubSubError
 from pgpubsub_celery.schema import EMIT_FUNCTIONS, Names, quote_identifier
@@ -24,6 +23,7 @@ from pgpubsub_celery.script import install_script
 from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.subscriptions import execute_literally, match, read_channels, read_subscriptions
 from pgpubsub_celery.subscriptions import register as register_subscriptions
+from pgpubsub_celery.trigger_drift import Step
 from pgpubsub_celery.triggers import TriggerDefinition
 
 __all__ = [
@@ -73,11 +73,11 @@ def install(
     attempts = Attempts(bind, "install", names.schema, lock_timeout)
     done = attempts.run(_OWN, _install_own, names, selected)
     present = attempts.run(_OWN, drift.with_triggers, names, selected)
-    for table, wanted in drift.definitions(names, present).items():
+    for table, wanted in trigger_drift.definitions(names, present).items():
         done += attempts.run(f"the table {table}", _install_triggers, names, table, wanted)
     if prune:
         # Triggers first: what they store is for the subscriptions.
-        for step in attempts.run(_OWN, drift.unwanted_triggers, names):
+        for step in attempts.run(_OWN, trigger_drift.unwanted_triggers, names):
             done += attempts.run(step.what, _execute, [step])
         done += attempts.run(_OWN, _remove_unused_functions, names)
         done += attempts.run(_OWN, _prune, names)
@@ -101,10 +101,10 @@ def check(
     selected = drift.select(channels)
     steps = drift.own_steps(connection, names, selected)
     present = drift.with_triggers(connection, names, selected)
-    for table, wanted in drift.definitions(names, present).items():
-        steps += drift.trigger_steps(connection, names, table, wanted)
+    for table, wanted in trigger_drift.definitions(names, present).items():
+        steps += trigger_drift.trigger_steps(connection, names, table, wanted)
     if channels is None:
-        steps += drift.unwanted_triggers(connection, names) + drift.unused_functions(connection, names)
+        steps += trigger_drift.unwanted_triggers(connection, names) + trigger_drift.unused_functions(connection, names)
     return [step.what for step in steps]
 
 
@@ -140,7 +140,7 @@ def uninstall(
     if not discard_stored:
         attempts.run(_OWN, _refuse_stored, names)
     done: list[str] = []
-    for trigger in attempts.run(_OWN, drift.triggers, names):
+    for trigger in attempts.run(_OWN, trigger_drift.triggers, names):
         step = Step(what=f"removed the trigger {trigger.name} on {trigger.table}", statements=trigger.drop)
         done += attempts.run(f"the table {trigger.table}", _execute, [step])
     return done + attempts.run(_OWN, _remove_own, names, discard_stored)
@@ -168,8 +168,10 @@ def install_on_create_all(target: MetaData, *, schema: str | None = None) -> Non
     def before_drop(_: MetaData, connection: Any, tables: Sequence[Any] = (), **__: Any) -> None:
         if not isinstance(connection, Connection):
             return
-        dropped = {drift.relation_of(connection, drift.qualified(table.schema, table.name)) for table in tables}
-        for trigger in drift.triggers(connection, _names(schema)):
+        dropped = {
+            trigger_drift.relation_of(connection, trigger_drift.qualified(table.schema, table.name)) for table in tables
+        }
+        for trigger in trigger_drift.triggers(connection, _names(schema)):
             if trigger.relation in dropped:
                 _execute(connection, [Step(what="", statements=trigger.drop)])
 
@@ -211,7 +213,10 @@ def _has_tables(connection: Connection, names: Names, channel: type[Channel]) ->
     """Whether all tables that the channel's triggers are for exist."""
     if not issubclass(channel, TriggerChannel):
         return True
-    return all(drift.relation_of(connection, table) is not None for table in drift.definitions(names, [channel]))
+    return all(
+        trigger_drift.relation_of(connection, table) is not None
+        for table in trigger_drift.definitions(names, [channel])
+    )
 
 
 # Each of these is done in one transaction or savepoint
@@ -233,11 +238,11 @@ def _install_own(connection: Connection, names: Names, channels: Sequence[type[C
 def _install_triggers(
     connection: Connection, names: Names, table: str, wanted: Sequence[TriggerDefinition]
 ) -> list[str]:
-    return _execute(connection, drift.trigger_steps(connection, names, table, wanted))
+    return _execute(connection, trigger_drift.trigger_steps(connection, names, table, wanted))
 
 
 def _remove_unused_functions(connection: Connection, names: Names) -> list[str]:
-    return _execute(connection, drift.unused_functions(connection, names))
+    return _execute(connection, trigger_drift.unused_functions(connection, names))
 
 
 def _prune(connection: Connection, names: Names) -> list[str]:
@@ -277,7 +282,7 @@ def _count(connection: Connection, names: Names, condition: str, value: Any) -> 
 
 
 def _refuse_stored(connection: Connection, names: Names) -> None:
-    if drift.relation_of(connection, names.notification) is None:
+    if trigger_drift.relation_of(connection, names.notification) is None:
         return
     count = connection.execute(text(f"SELECT count(*) FROM {names.notification}")).scalar_one()
     if count:
@@ -288,8 +293,8 @@ def _refuse_stored(connection: Connection, names: Names) -> None:
 
 
 def _remove_own(connection: Connection, names: Names, discard_stored: bool) -> list[str]:
-    tables = [drift.qualified(table.schema, table.name) for table in drift.tables(names.schema)]
-    present = [table for table in reversed(tables) if drift.relation_of(connection, table) is not None]
+    tables = [trigger_drift.qualified(table.schema, table.name) for table in drift.tables(names.schema)]
+    present = [table for table in reversed(tables) if trigger_drift.relation_of(connection, table) is not None]
     for table in present:
         execute_literally(connection, f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
     if not discard_stored:

@@ -84,6 +84,12 @@ class Function:
     public: bool
     """Whether everybody may execute it: only what neither reads nor writes anything."""
 
+    @property
+    def source(self) -> str | None:
+        """What Postgres keeps as its source; None of a body that it keeps in another form."""
+        parts = self.create.split("$function$")
+        return parts[1] if len(parts) == 3 else None
+
 
 def digest_of(create: str) -> str:
     """Return the digest of the statement that creates a function."""

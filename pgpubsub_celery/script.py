@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pgpubsub_celery.channels import Channel
-from pgpubsub_celery.drift import definitions, function_statements, listeners, qualified, table_statements, tables
+from pgpubsub_celery.drift import function_statements, listeners, table_statements, tables
 from pgpubsub_celery.listeners import Listener
 from pgpubsub_celery.schema import VERSION, Names, functions, quote_identifier, quote_literal
 from pgpubsub_celery.subscriptions import changes, channel_statement, text_array, wanted_channel
-from pgpubsub_celery.triggers import COMMENT, TriggerDefinition
+from pgpubsub_celery.trigger_drift import definitions, qualified
+from pgpubsub_celery.triggers import TriggerDefinition
 from pgpubsub_celery.upgrades import NO_INSTALLATION, Upgrade, pending
 
 
@@ -83,7 +84,7 @@ def _subscription(names: Names, listener: Listener) -> str:
 def _trigger(definition: TriggerDefinition) -> str:
     """A trigger, made only where it is missing or out of date: making one locks its table."""
     table = quote_literal(qualified(*definition.table))
-    comment = quote_literal(COMMENT + definition.hash)
+    comment = quote_literal(definition.comment)
     executed = "\n".join(f"        EXECUTE {_quoted(statement)};" for statement in definition.create)
     return _do(
         f"BEGIN\n    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = {table}::regclass\n"

@@ -16,27 +16,31 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, Table, inspect
-from sqlalchemy.dialects.postgresql.base import PGDialect
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.sql import ClauseElement, literal, visitors
-from sqlalchemy.sql.elements import BindParameter
-from sqlalchemy.sql.util import ClauseAdapter
+from sqlalchemy import Table
 
-from pgpubsub_celery.capture import SIDES, TRANSITION, Capture, Predicate, dollar_quoted, without_virtual
-from pgpubsub_celery.channels import TriggerChannel, captured_columns, check_declared, table_of
-from pgpubsub_celery.errors import ListenerError, did_you_mean
+from pgpubsub_celery.arguments import Arguments, Target, arguments_of, capture_of
+from pgpubsub_celery.capture import SIDES, TRANSITION, Capture, dollar_quoted, without_virtual
+from pgpubsub_celery.channels import TriggerChannel, check_declared, table_of
+from pgpubsub_celery.errors import PgPubSubError
+from pgpubsub_celery.predicates import read_capture
 from pgpubsub_celery.schema import Names, quote_identifier, quote_literal
 
 if TYPE_CHECKING:
     from pgpubsub_celery.listeners import Listener
 
-COMMENT = "pgpubsub_celery:v1:"
-"""What the COMMENT of each function and trigger of ours begins with; the definition's hash follows."""
+TEMPLATE = 1
+"""Which of the released texts is made for new definitions. What a released one makes is never changed: migrations made
+with it must do the same for ever. A better text is one more of `_TEMPLATES`."""
+
+COMMENT = f"pgpubsub_celery:v{TEMPLATE}:"
+"""What the COMMENT of each function and trigger of ours begins with, with the number of its text. The definition's hash
+follows; of a function also its arguments, as JSON."""
+_COMMENT = re.compile(r"pgpubsub_celery:v(\d+):(\w+)(?: (\{.*\}))?", re.DOTALL)
 
 _NAME_LIMIT = 63
 
@@ -45,16 +49,15 @@ _DIRECT, _BEGIN, _END = "_direct", "_begin", "_end"
 # Functions: for rows one at a time, and of the triggers before and after a statement on a partitioned table.
 _BY_ROW, _THROUGH = "_by_row", "_through"
 
-# Without percent signs doubled for a driver's parameters: there are none.
-_DIALECT = PGDialect(paramstyle="named")  # type: ignore[no-untyped-call]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TriggerDefinition:
     """The triggers of one channel for one operation."""
 
-    table: tuple[str | None, str]
-    """The table's schema (None: found by the search_path of whoever installs) and name."""
+    table: Target
+    arguments: Arguments
+    """All that it is made of; `definition_of` makes the same again."""
+    template: int
     operation: str
     name: str
     """Of the trigger that exists whatever the kind of table."""
@@ -67,6 +70,34 @@ class TriggerDefinition:
     drop: list[str]
     hash: str
     """A digest of its text, kept in the COMMENT of function and trigger: tells what is out of date."""
+    sources: Mapping[str, str]
+    """The source of each function that it may have, by the function's name."""
+
+    @property
+    def comment(self) -> str:
+        """What the COMMENT of its trigger is."""
+        return f"pgpubsub_celery:v{self.template}:{self.hash}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Described:
+    """What a COMMENT of ours says."""
+
+    template: int
+    hash: str
+    arguments: Arguments | None
+
+
+def read_comment(comment: str | None) -> Described | None:
+    """Return what a function's or trigger's COMMENT says, None when it is not ours."""
+    found = _COMMENT.fullmatch(comment or "")
+    if found is None:
+        return None
+    try:
+        arguments = None if found[3] is None else json.loads(found[3])
+    except ValueError:
+        arguments = None
+    return Described(template=int(found[1]), hash=found[2], arguments=arguments)
 
 
 def trigger_definitions(
@@ -82,11 +113,21 @@ def trigger_definitions(
         ListenerError: a listener's `changed` or `condition` cannot be read.
     """
     check_declared(channel)
+    table = table_of(channel)
     return [
-        _definition(channel, operation, wanting, schema)
+        _definition(read_capture(channel, table, operation, wanting, schema), _target(table))
         for operation in SIDES
         if (wanting := [listener for listener in listeners if operation in listener.operations])
     ]
+
+
+def definition_of(arguments: Mapping[str, Any], schema: str, template: int = TEMPLATE) -> TriggerDefinition:
+    """Return the definition that has been made of these arguments before, with one of the released texts.
+
+    Raises:
+        PgPubSubError: an argument is missing or unknown, or the text is a newer release's.
+    """
+    return _definition(*capture_of(arguments, schema), template)
 
 
 def trigger_name(channel_name: str, part: str) -> str:
@@ -97,50 +138,75 @@ def trigger_name(channel_name: str, part: str) -> str:
     return f"pgpubsub_{readable[-room:].lstrip('_')}_{part}_{digest}"
 
 
-def _definition(
-    channel: type[TriggerChannel[Any]], operation: str, listeners: Sequence[Listener], schema: str
-) -> TriggerDefinition:
-    table = table_of(channel)
-    target = _qualified(table)
-    prefix = Names(schema).prefix
-    capture = _capture(channel, table, operation, listeners, schema)
+def _definition(capture: Capture, table: Target, template: int = TEMPLATE) -> TriggerDefinition:
+    if template not in _TEMPLATES:
+        raise PgPubSubError(
+            f"This release knows the texts 1 to {TEMPLATE} of triggers, not {template}: use the release that the "
+            "migration was made with, or a newer one."
+        )
+    name = trigger_name(capture.names[0], capture.operation)
+    statements = _TEMPLATES[template](capture, _qualified(table))
+    arguments = arguments_of(capture, table)
+    digest = hashlib.sha256("\n".join(statements).encode()).hexdigest()[:16]
+    comment = f"pgpubsub_celery:v{template}:{digest}"
+    described = f"{comment} {json.dumps(arguments, ensure_ascii=False)}"
+    function = f"{Names(capture.schema).prefix}{quote_identifier(name)}()"
+    return TriggerDefinition(
+        table=table,
+        arguments=arguments,
+        template=template,
+        operation=capture.operation,
+        name=name,
+        names=tuple(trigger_name(capture.names[0], capture.operation + part) for part in ("", _DIRECT, _BEGIN, _END)),
+        function=name,
+        create=[
+            *statements,
+            f"COMMENT ON FUNCTION {function} IS {quote_literal(described)}",
+            f"COMMENT ON TRIGGER {quote_identifier(name)} ON {_qualified(table)} IS {quote_literal(comment)}",
+        ],
+        drop=_drop(capture.schema, capture.names[0], capture.operation),
+        hash=digest,
+        sources=_sources(capture),
+    )
 
-    def function(channel_name: str, part: str = "") -> str:
-        return prefix + quote_identifier(trigger_name(channel_name, operation + part))
 
-    def drop(channel_name: str) -> list[str]:
-        # With the functions go their triggers, wherever the table has been moved to meanwhile.
-        return [f"DROP FUNCTION IF EXISTS {function(channel_name, part)}() CASCADE" for part in ("", _BY_ROW, _THROUGH)]
-
-    name = trigger_name(channel.name(), operation)
-    statements = [
+def _first_template(capture: Capture, target: str) -> list[str]:
+    channel_name, *aliases = capture.names
+    name = trigger_name(channel_name, capture.operation)
+    function = Names(capture.schema).prefix + quote_identifier(name)
+    return [
         *capture.checks(target),
         capture.function(name, by_row=False),
-        f"REVOKE ALL ON FUNCTION {function(channel.name())}() FROM PUBLIC",
+        f"REVOKE ALL ON FUNCTION {function}() FROM PUBLIC",
         *(
-            (without_virtual(function(channel.name()), target), _create_triggers(capture, channel.name(), target))
-            if SIDES[operation]
-            else (_create_truncate(prefix, name, target),)
+            (without_virtual(function, target), _create_triggers(capture, channel_name, target))
+            if SIDES[capture.operation]
+            else (_create_truncate(Names(capture.schema).prefix, name, target),)
         ),
         # Of a channel that was renamed, the triggers under its earlier name would tell each change once more.
-        *(statement for alias in channel.aliases for statement in drop(alias)),
+        *(statement for alias in aliases for statement in _drop(capture.schema, alias, capture.operation)),
     ]
-    digest = hashlib.sha256("\n".join(statements).encode()).hexdigest()[:16]
-    comment = quote_literal(COMMENT + digest)
-    statements += [
-        f"COMMENT ON FUNCTION {function(channel.name())}() IS {comment}",
-        f"COMMENT ON TRIGGER {quote_identifier(name)} ON {target} IS {comment}",
-    ]
-    return TriggerDefinition(
-        table=(None if table.schema is None else str(table.schema), str(table.name)),
-        operation=operation,
-        name=name,
-        names=tuple(trigger_name(channel.name(), operation + part) for part in ("", _DIRECT, _BEGIN, _END)),
-        function=name,
-        create=statements,
-        drop=drop(channel.name()),
-        hash=digest,
-    )
+
+
+_TEMPLATES: Mapping[int, Callable[[Capture, str], list[str]]] = {1: _first_template}
+"""Each gives the statements that make a trigger on a (qualified and quoted) table."""
+
+
+def _drop(schema: str, channel_name: str, operation: str) -> list[str]:
+    # With the functions go their triggers, wherever the table has been moved to meanwhile.
+    names = [quote_identifier(trigger_name(channel_name, operation + part)) for part in ("", _BY_ROW, _THROUGH)]
+    return [f"DROP FUNCTION IF EXISTS {Names(schema).prefix}{name}() CASCADE" for name in names]
+
+
+def _sources(capture: Capture) -> Mapping[str, str]:
+    def named(part: str) -> str:
+        return trigger_name(capture.names[0], capture.operation + part)
+
+    found = {named(""): capture.body(by_row=False)}
+    if SIDES[capture.operation]:
+        found[named(_BY_ROW)] = capture.body(by_row=True)
+        found[named(_THROUGH)] = _through_body(named(_THROUGH))
+    return {name: f"\n{body}\n" for name, body in found.items()}
 
 
 def _create_truncate(prefix: str, name: str, target: str) -> str:
@@ -158,8 +224,8 @@ def _create_triggers(capture: Capture, channel_name: str, target: str) -> str:
     def named(part: str) -> str:
         return trigger_name(channel_name, operation + part)
 
-    flag = quote_literal(f"pgpubsub.{named(_THROUGH)}")
-    through = dollar_quoted(_THROUGH_BODY.format(flag=flag), "$function$")
+    flag = _flag(named(_THROUGH))
+    through = dollar_quoted(_through_body(named(_THROUGH)), "$function$")
     body = _TRIGGERS.format(
         regclass=quote_literal(target),
         target=target,
@@ -183,6 +249,14 @@ def _create_triggers(capture: Capture, channel_name: str, target: str) -> str:
         ),
     )
     return f"DO {dollar_quoted(body, '$ddl$')}"
+
+
+def _flag(through: str) -> str:
+    return quote_literal(f"pgpubsub.{through}")
+
+
+def _through_body(through: str) -> str:
+    return _THROUGH_BODY.format(flag=_flag(through))
 
 
 _TRIGGERS = """DECLARE
@@ -248,110 +322,10 @@ BEGIN
 END"""
 
 
-# What is read of the declaration
+def _target(table: Table) -> Target:
+    return (None if table.schema is None else str(table.schema), str(table.name))
 
 
-def _capture(
-    channel: type[TriggerChannel[Any]], table: Table, operation: str, listeners: Sequence[Listener], schema: str
-) -> Capture:
-    # In an order of their own: that of the declarations depends on which module was imported first.
-    predicates = sorted(
-        (one for listener in listeners if (one := _predicate(channel, table, operation, listener)) is not None),
-        key=lambda predicate: predicate.names,
-    )
-    return Capture(
-        schema=schema,
-        operation=operation,
-        names=(channel.name(), *channel.aliases),
-        listen_name=channel.listen_safe_name(),
-        stored=channel.lock_notifications,
-        columns=tuple(
-            str(column.name)
-            for column in captured_columns(channel)
-            if column.computed is None or column.computed.persisted is not False
-        ),
-        everybody_has_predicates=len(predicates) == len(listeners),
-        predicates=tuple(predicates),
-        kind=_kind(channel, table),
-    )
-
-
-def _predicate(
-    channel: type[TriggerChannel[Any]], table: Table, operation: str, listener: Listener
-) -> Predicate | None:
-    watched: tuple[str, ...] = ()
-    if operation == "update":
-        watched = tuple(str(_column(channel, table, listener, name).name) for name in listener.changed)
-    if operation == "truncate" or (not watched and listener.condition is None):
-        return None
-    condition = None if listener.condition is None else _condition(table, operation, listener)
-    return Predicate(names=listener.names, watched=watched, condition=condition)
-
-
-def _column(channel: type[TriggerChannel[Any]], table: Table, listener: Listener, name: Any) -> Column[Any]:
-    """Return a column that a listener watches, by its name or by the attribute that maps it."""
-    found: dict[str, Column[Any]] = {str(column.name): column for column in table.columns}
-    if not isinstance(channel.model, Table):
-        for attribute in inspect(channel.model).column_attrs:
-            for column in attribute.columns:
-                if getattr(column, "table", None) is table:
-                    found[attribute.key] = column
-    key = name if isinstance(name, str) else getattr(name, "key", None)
-    if key not in found:
-        raise ListenerError(
-            f"{listener.name}: changed={listener.changed!r} names {name!r}, not a column of {table.fullname}."
-            f"{did_you_mean(str(name), sorted(found))}"
-        )
-    return found[key]
-
-
-def _condition(table: Table, operation: str, listener: Listener) -> str:
-    """Return a listener's condition as SQL over `old` and `new`.
-
-    In an SQLAlchemy expression `aliased(Model, name="old")` and `name="new"` are the two rows; the model itself is the
-    row as it is now, or was when it was deleted.
-    """
-    given = listener.condition
-    if isinstance(given, str):
-        return given
-    if hasattr(given, "__clause_element__"):
-        given = given.__clause_element__()
-    if not isinstance(given, ClauseElement):
-        raise ListenerError(
-            f"{listener.name}: condition={given!r}: expected SQL over old and new, such as \"new.status = 'paid'\", "
-            "or an SQLAlchemy expression."
-        )
-    alias = table.alias("old" if operation == "delete" else "new")
-    for part in visitors.iterate(given):
-        if isinstance(part, BindParameter) and part.required:
-            raise ListenerError(
-                f"{listener.name}: the condition {given} has the parameter {part.key!r}, which nobody would give: "
-                "write the value itself."
-            )
-    try:
-        return _compile(ClauseAdapter(alias).traverse(given))
-    except SQLAlchemyError as exc:
-        raise ListenerError(
-            f"{listener.name}: the condition {given} cannot be written as SQL with its values: {exc}"
-        ) from exc
-
-
-def _kind(channel: type[TriggerChannel[Any]], table: Table) -> tuple[str, tuple[str, ...]] | None:
-    """Single-table inheritance: a channel of a subclass carries the changes of the subclass's rows alone."""
-    if isinstance(channel.model, Table):
-        return None
-    mapper = inspect(channel.model)
-    column = mapper.polymorphic_on
-    if not mapper.single or not isinstance(column, Column) or column.table is not table:
-        return None
-    identities = [one.polymorphic_identity for one in mapper.self_and_descendants]
-    return str(column.name), tuple(_compile(literal(one, column.type)) for one in identities if one is not None)
-
-
-def _compile(expression: Any) -> str:
-    return str(expression.compile(dialect=_DIALECT, compile_kwargs={"literal_binds": True}))
-
-
-def _qualified(table: Table) -> str:
-    name = quote_identifier(table.name)
-    return name if table.schema is None else f"{quote_identifier(table.schema)}.{name}"
+def _qualified(table: Target) -> str:
+    schema, name = table
+    return quote_identifier(name) if schema is None else f"{quote_identifier(schema)}.{quote_identifier(name)}"

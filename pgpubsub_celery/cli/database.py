@@ -11,7 +11,7 @@ import click
 from rich.text import Text
 from sqlalchemy import Connection
 
-from pgpubsub_celery import drift, insights, migrations
+from pgpubsub_celery import insights, migrations, trigger_drift
 from pgpubsub_celery.channels import registered_channels
 from pgpubsub_celery.cli.context import (
     Group,
@@ -155,9 +155,7 @@ def check_triggers(ctx: click.Context, database_url: str | None) -> None:
     settings = state.settings(database_url=database_url)
     with connected(settings) as connection:
         steps = _trigger_steps(connection, Names(settings.schema))
-        found = insights.read_triggers(connection, settings.schema)
-    disabled = [f"the trigger {one.name} on {one.table} is disabled" for one in found if one.enabled == "no"]
-    _report(ctx, [step.what for step in steps] + disabled)
+    _report(ctx, [step.what for step in steps])
 
 
 @triggers.command("sql")
@@ -167,7 +165,7 @@ def trigger_sql(ctx: click.Context) -> None:
     """Print the statements that create the triggers."""
     state = ctx.ensure_object(State)
     state.require_app()
-    for table, definitions in drift.definitions(Names(state.settings().schema), registered_channels()).items():
+    for table, definitions in trigger_drift.definitions(Names(state.settings().schema), registered_channels()).items():
         for definition in definitions:
             click.echo(f"-- {definition.name} on {table}")
             for statement in definition.create:
@@ -186,20 +184,20 @@ def diff_triggers(ctx: click.Context, database_url: str | None) -> None:
     names = Names(settings.schema)
     differences: list[str] = []
     with connected(settings) as connection:
-        for table, definitions in drift.definitions(names, registered_channels()).items():
+        for table, definitions in trigger_drift.definitions(names, registered_channels()).items():
             for definition in definitions:
-                for step in drift.trigger_steps(connection, names, table, [definition]):
+                for step in trigger_drift.trigger_steps(connection, names, table, [definition]):
                     present = insights.read_source(connection, settings.schema, definition.function)
                     differences += [step.what, *_source_diff(definition, present)]
-        differences += [step.what for step in drift.unwanted_triggers(connection, names)]
+        differences += [step.what for step in trigger_drift.unwanted_triggers(connection, names)]
     _report(ctx, differences)
 
 
-def _trigger_steps(connection: Connection, names: Names) -> list[drift.Step]:
-    steps: list[drift.Step] = []
-    for table, definitions in drift.definitions(names, registered_channels()).items():
-        steps += drift.trigger_steps(connection, names, table, definitions)
-    return steps + drift.unwanted_triggers(connection, names)
+def _trigger_steps(connection: Connection, names: Names) -> list[trigger_drift.Step]:
+    steps: list[trigger_drift.Step] = []
+    for table, definitions in trigger_drift.definitions(names, registered_channels()).items():
+        steps += trigger_drift.trigger_steps(connection, names, table, definitions)
+    return steps + trigger_drift.unwanted_triggers(connection, names)
 
 
 def _source_diff(definition: TriggerDefinition, present: str | None) -> list[str]:

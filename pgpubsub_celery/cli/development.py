@@ -19,7 +19,7 @@ from sqlalchemy import Engine, create_engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
-from pgpubsub_celery import drift, migrations
+from pgpubsub_celery import migrations, trigger_drift
 from pgpubsub_celery.channels import TriggerChannel, registered_channels, table_of
 from pgpubsub_celery.cli.context import State, app_option, open_engine
 from pgpubsub_celery.cli.demonstration import interruptible
@@ -135,8 +135,8 @@ def _install(settings: Settings, *, create_tables: bool) -> None:
 
 def _missing_tables(engine: Engine, names: Names) -> list[str]:
     with engine.connect() as connection:
-        tables = drift.definitions(names, registered_channels())
-        return [table for table in tables if drift.relation_of(connection, table) is None]
+        tables = trigger_drift.definitions(names, registered_channels())
+        return [table for table in tables if trigger_drift.relation_of(connection, table) is None]
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from pgpubsub_celery import capture, channels
 from pgpubsub_celery.errors import ListenerError
 from pgpubsub_celery.scopes import set_notification_context, suppress_notifications
 from pgpubsub_celery.subscriptions import execute_literally, register
-from pgpubsub_celery.triggers import COMMENT, trigger_definitions
+from pgpubsub_celery.triggers import COMMENT, definition_of, read_comment, trigger_definitions
 from tests.fixtures.changes import SCHEMA, channel_of, create, listener_of, rows_of
 
 pytestmark = pytest.mark.usefixtures("registry")
@@ -948,7 +948,11 @@ def test_a_definitions_hash_is_in_the_comments_and_tells_changes(connection: Con
             ),
             {"name": definition.name},
         ).one()
-        assert set(comments) == {COMMENT + definition.hash}
+        assert comments[0] == definition.comment == COMMENT + definition.hash
+        told = read_comment(comments[1])
+        assert told is not None
+        assert (told.hash, told.arguments) == (definition.hash, definition.arguments)
+        assert definition_of(told.arguments or {}, SCHEMA).create == definition.create
     channels._registry.clear()
     others = [
         trigger_definitions(
