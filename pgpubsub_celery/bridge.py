@@ -17,15 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, ProgrammingError
 
-from pgpubsub_celery import subscriptions
+from pgpubsub_celery import drift, subscriptions
 from pgpubsub_celery.apps import load_app
 from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.channels import Channel, select_channels
 from pgpubsub_celery.dispatch import Batch, Dispatcher, Standing
 from pgpubsub_celery.emit import EnqueuedTask
-from pgpubsub_celery.errors import ConnectionLostError, NotInstalledError, ReadOnlyDatabaseError
+from pgpubsub_celery.errors import ConnectionLostError, NotInstalledError, PgPubSubError, ReadOnlyDatabaseError
 from pgpubsub_celery.listeners import Listener, registered_listeners
 from pgpubsub_celery.logs import configure_logging
 from pgpubsub_celery.pacing import Backoff, Pace
@@ -165,6 +165,8 @@ class Bridge:
         # It listens before it looks, so that nothing falls between.
         link.listen([channel.listen_safe_name() for channel in (*self._stored, *self._unstored)])
         listeners = self._subscribe(link)
+        if not self._began:
+            self._look_at_triggers(link)
         dispatcher.know(listeners)
         self._start(link, listeners)
         self._database_trouble.over()
@@ -175,6 +177,19 @@ class Bridge:
         wanted = {channel.name() for channel in self._stored}
         mine = [listener for listener in registered_listeners() if listener.channel.name() in wanted]
         return subscriptions.register(link.claims, self._settings.schema, mine)
+
+    def _look_at_triggers(self, link: Link) -> None:
+        """Say which triggers that the listeners need are missing or out of date: what they miss is stored nowhere."""
+        try:
+            found = drift.trigger_differences(link.claims, link.names, [*self._stored, *self._unstored])
+        except ProgrammingError as exc:  # a role that may not look at the tables' schema
+            logger.debug("triggers are not looked at: %s", one_line(exc))
+            return
+        except PgPubSubError as exc:  # what install would refuse
+            logger.warning("triggers are not looked at: %s", exc)
+            return
+        for what in found:
+            logger.warning("%s: run `pgpubsub-bridge install`, or migrate", what)
 
     def _start(self, link: Link, listeners: Mapping[int, Listener]) -> None:
         """Hold or recover what was stored before, and say so; then say that it listens."""

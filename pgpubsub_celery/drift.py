@@ -28,7 +28,7 @@ from pgpubsub_celery.subscriptions import (
     read_subscriptions,
     wanted_channel,
 )
-from pgpubsub_celery.trigger_drift import Step, qualified, relation_of
+from pgpubsub_celery.trigger_drift import Step, definitions, qualified, relation_of, trigger_steps
 from pgpubsub_celery.upgrades import pending
 
 # Colons and percent signs are literal in what it compiles.
@@ -134,6 +134,14 @@ def own_steps(connection: Connection, names: Names, channels: Sequence[type[Chan
     for change in changes(rows, listeners(channels), exact=True):
         steps.append(Step(what=describe(change), statements=(change.statement(names),)))
     return steps
+
+
+def trigger_differences(connection: Connection, names: Names, channels: Sequence[type[Channel]]) -> list[str]:
+    """Return which triggers of these channels are not what this release needs, one line each. Only reads."""
+    found: list[str] = []
+    for table, wanted in definitions(names, with_triggers(connection, names, channels)).items():
+        found += [step.what for step in trigger_steps(connection, names, table, wanted)]
+    return found
 
 
 def upgrade_steps(names: Names, version: int) -> list[Step]:

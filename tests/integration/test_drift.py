@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from celery import Celery
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from pgpubsub_celery import channels, install, listeners
+from pgpubsub_celery.bridge import Bridge
 from pgpubsub_celery.migrations import check
+from pgpubsub_celery.settings import Settings, sync_url
+from pgpubsub_celery.supervisor import Control
 from pgpubsub_celery.triggers import trigger_name
+from pgpubsub_celery.wakeups import Link, bridge_engine
 from tests.fixtures.changes import channel_of, listener_of
 
 pytestmark = pytest.mark.usefixtures("registry")
@@ -174,3 +179,31 @@ def test_a_table_with_virtual_columns_is_not_taken_for_edited(installed_engine: 
     declare(("update",), condition="new.id > 0")
     install(installed_engine)
     assert found(installed_engine) == []
+
+
+def test_a_bridge_says_at_its_start_which_triggers_its_listeners_need(
+    authors: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Missing and out of date; nothing when all is well, and nothing of other channels."""
+    engine = bridge_engine(sync_url(authors.url.render_as_string(hide_password=False)))
+    app = Celery("drift", broker="memory://", set_as_current=False)
+
+    def told(*watched: Any) -> list[str]:
+        caplog.clear()
+        with Link(engine, engine, "public") as link:
+            Bridge(app, Settings(), watched, Control())._look_at_triggers(link)
+        return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+    watched = channels.registered_channels()
+    assert told(*watched) == []
+    execute(
+        authors,
+        f"DROP TRIGGER {INSERT} ON author",
+        f"COMMENT ON TRIGGER {UPDATE} ON author IS 'pgpubsub_celery:v1:older'",
+    )
+    missing, stale = told(*watched)
+    assert f'{INSERT} on "author" is missing: run `pgpubsub-bridge install`, or migrate' in missing
+    assert f'{UPDATE} on "author" is out of date' in stale
+    assert told() == []
+    engine.dispose()
+    app.close()
