@@ -113,16 +113,7 @@ def own_steps(connection: Connection, names: Names, channels: Sequence[type[Chan
     Raises:
         PgPubSubError: the database is of a newer release, or has objects with our names that are not ours.
     """
-    schema = quote_identifier(names.schema)
-    steps: list[Step] = []
-    if connection.execute(text("SELECT to_regnamespace(:schema)"), {"schema": schema}).scalar() is None:
-        steps.append(Step(what=f"the schema {names.schema} is missing", statements=(f"CREATE SCHEMA {schema}",)))
-    _refuse_others_objects(connection, names)
-    installation, version, version_steps = _installation(connection, names)
-    # First what an older version lacks: the rest may be about that.
-    upgrades = [] if version is None else upgrade_steps(names, version)
-    steps += upgrades + _table_steps(connection, names, whole=not upgrades) + version_steps
-    steps += _function_steps(connection, names, installation)
+    steps = own_objects(connection, names)
     has_channels = relation_of(connection, names.channel) is not None
     known = {row.name: row for row in (read_channels(connection, names) if has_channels else [])}
     for wanted in map(wanted_channel, channels):
@@ -134,6 +125,24 @@ def own_steps(connection: Connection, names: Names, channels: Sequence[type[Chan
     for change in changes(rows, listeners(channels), exact=True):
         steps.append(Step(what=describe(change), statements=(change.statement(names),)))
     return steps
+
+
+def own_objects(connection: Connection, names: Names) -> list[Step]:
+    """Return what differs of the schema, tables and functions.
+
+    Raises:
+        PgPubSubError: as `own_steps`.
+    """
+    schema = quote_identifier(names.schema)
+    steps: list[Step] = []
+    if connection.execute(text("SELECT to_regnamespace(:schema)"), {"schema": schema}).scalar() is None:
+        steps.append(Step(what=f"the schema {names.schema} is missing", statements=(f"CREATE SCHEMA {schema}",)))
+    _refuse_others_objects(connection, names)
+    installation, version, version_steps = _installation(connection, names)
+    # First what an older version lacks: the rest may be about that.
+    upgrades = [] if version is None else upgrade_steps(names, version)
+    steps += upgrades + _table_steps(connection, names, whole=not upgrades) + version_steps
+    return steps + _function_steps(connection, names, installation)
 
 
 def trigger_differences(connection: Connection, names: Names, channels: Sequence[type[Channel]]) -> list[str]:

@@ -23,7 +23,7 @@ def install_script(names: Names, channels: Sequence[type[Channel]]) -> str:
     statements: list[str] = []
     if names.schema != "public":
         statements.append(f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(names.schema)}")
-    statements += [_upgrade(names, one) for one in pending(0)]
+    statements += [upgrade_block(names, one) for one in pending(0)]
     for table in tables(names.schema):
         statements += table_statements(table)
     statements.append(
@@ -34,14 +34,14 @@ def install_script(names: Names, channels: Sequence[type[Channel]]) -> str:
     statements.append(_functions(names))
     statements += [channel_statement(wanted_channel(channel), names) for channel in channels]
     statements += [_subscription(names, listener) for listener in listeners(channels)]
-    statements += [_trigger(one) for mine in definitions(names, channels).values() for one in mine]
+    statements += [trigger_block(one) for mine in definitions(names, channels).values() for one in mine]
     return "BEGIN;\n\n" + "".join(f"{statement};\n\n" for statement in statements) + "COMMIT;\n"
 
 
-def _upgrade(names: Names, upgrade: Upgrade) -> str:
-    """What the tables of an older version lack: before the rest, which may be about that."""
-    executed = "\n".join(f"            EXECUTE {_quoted(statement)};" for statement in upgrade.up(names))
-    return _do(
+def upgrade_block(names: Names, upgrade: Upgrade) -> str:
+    """Return what the tables of an older version lack: for before the rest, which may be about that."""
+    executed = "\n".join(f"            EXECUTE {quoted(statement)};" for statement in upgrade.up(names))
+    return do_block(
         f"BEGIN\n    IF to_regclass({quote_literal(names.installation)}) IS NOT NULL THEN\n"
         f"        IF (SELECT version FROM {names.installation}) < {upgrade.to} THEN\n{executed}\n        END IF;\n"
         "    END IF;\nEND"
@@ -51,12 +51,12 @@ def _upgrade(names: Names, upgrade: Upgrade) -> str:
 def _functions(names: Names) -> str:
     """The functions, with the id that the installation has or is given by the script."""
     executed = "\n".join(
-        f"    EXECUTE replace({_quoted(statement)}, '{NO_INSTALLATION}', installation);"
+        f"    EXECUTE replace({quoted(statement)}, '{NO_INSTALLATION}', installation);"
         for function in functions(names.schema, NO_INSTALLATION)
         for statement in function_statements(names, function)
     )
     version = f"(SELECT version FROM {names.installation})"
-    return _do(
+    return do_block(
         f"DECLARE\n    installation text := (SELECT id FROM {names.installation});\nBEGIN\n"
         f"    IF {version} > {VERSION} THEN\n"
         f"        RAISE EXCEPTION 'The database has version % of the schema, this script {VERSION}', {version};\n"
@@ -70,7 +70,7 @@ def _subscription(names: Names, listener: Listener) -> str:
     known = text_array({*listener.names})
     channels = text_array({listener.channel.name(), *listener.channel.aliases})
     operations = text_array(listener.operations)
-    return _do(
+    return do_block(
         f"BEGIN\n    IF NOT EXISTS (SELECT FROM {names.subscription} s\n"
         f"        WHERE (s.channel || s.channel_aliases) && {channels} AND (s.listener || s.aliases) && {known}) THEN\n"
         f"        {addition.statement(names)};\n    END IF;\n"
@@ -81,23 +81,24 @@ def _subscription(names: Names, listener: Listener) -> str:
     )
 
 
-def _trigger(definition: TriggerDefinition) -> str:
-    """A trigger, made only where it is missing or out of date: making one locks its table."""
+def trigger_block(definition: TriggerDefinition) -> str:
+    """Return what makes a trigger where it is missing or out of date: making one locks its table."""
     table = quote_literal(qualified(*definition.table))
     comment = quote_literal(definition.comment)
-    executed = "\n".join(f"        EXECUTE {_quoted(statement)};" for statement in definition.create)
-    return _do(
+    executed = "\n".join(f"        EXECUTE {quoted(statement)};" for statement in definition.create)
+    return do_block(
         f"BEGIN\n    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = {table}::regclass\n"
         f"        AND t.tgname = {quote_literal(definition.name)}\n"
         f"        AND obj_description(t.oid, 'pg_trigger') = {comment}) THEN\n{executed}\n    END IF;\nEND"
     )
 
 
-def _do(block: str) -> str:
-    return f"DO {_quoted(block)}"
+def do_block(block: str) -> str:
+    """Return a PL/pgSQL block as a statement."""
+    return f"DO {quoted(block)}"
 
 
-def _quoted(body: str) -> str:
+def quoted(body: str) -> str:
     """Return text as a literal that reads as it is: in dollar quotes that it does not contain."""
     tag = "$pgpubsub$"
     while tag in body:

@@ -69,6 +69,15 @@ class Change:
     aliases: frozenset[str] | None = None
     operations: frozenset[str] | None = None
 
+    @property
+    def result(self) -> Row:
+        """The subscription afterwards; its id is 0 while it has none."""
+        before = self.was or Row(
+            id=0, channel="", channel_aliases=frozenset(), listener="", aliases=frozenset(), operations=frozenset()
+        )
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "was"}
+        return dataclasses.replace(before, **{name: value for name, value in given.items() if value is not None})
+
     def statement(self, names: Names) -> str:
         """Return it as SQL. Safe to run twice, and beside another process that does the same."""
         if self.was is None:

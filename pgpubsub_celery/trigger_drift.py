@@ -215,21 +215,26 @@ def unused_functions(connection: Connection, names: Names) -> list[Step]:
 
     A table may be dropped without us.
     """
+    return [
+        Step(what=f"the trigger function {function} is not used any more", statements=(f"DROP FUNCTION {function}",))
+        for function, _ in orphans(connection, names)
+    ]
+
+
+def orphans(connection: Connection, names: Names) -> list[tuple[str, str | None]]:
+    """Return such functions, qualified and quoted, with their comments."""
     wanted = [one.function for mine in definitions(names, registered_channels()).values() for one in mine]
     rows = connection.execute(
         text(
-            "SELECT format('%I.%I()', n.nspname, p.proname) FROM pg_proc p "
-            "JOIN pg_namespace n ON n.oid = p.pronamespace "
+            "SELECT format('%I.%I()', n.nspname, p.proname) AS function, obj_description(p.oid, 'pg_proc') AS comment "
+            "FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace "
             "WHERE n.nspname = :schema AND p.proname LIKE 'pgpubsub\\_%' AND p.prorettype = 'trigger'::regtype "
             "AND p.proname <> ALL (CAST(:wanted AS text[])) "
             "AND NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgfoid = p.oid) ORDER BY 1"
         ),
         {"schema": names.schema, "wanted": wanted},
     )
-    return [
-        Step(what=f"the trigger function {function} is not used any more", statements=(f"DROP FUNCTION {function}",))
-        for function in rows.scalars()
-    ]
+    return [(row.function, row.comment) for row in rows]
 
 
 def qualified(schema: str | None, name: str) -> str:

@@ -164,7 +164,7 @@ def _definition(capture: Capture, table: Target, template: int = TEMPLATE) -> Tr
             f"COMMENT ON FUNCTION {function} IS {quote_literal(described)}",
             f"COMMENT ON TRIGGER {quote_identifier(name)} ON {_qualified(table)} IS {quote_literal(comment)}",
         ],
-        drop=_drop(capture.schema, capture.names[0], capture.operation),
+        drop=drop_statements(capture.schema, capture.names[0], capture.operation),
         hash=digest,
         sources=_sources(capture),
     )
@@ -184,7 +184,7 @@ def _first_template(capture: Capture, target: str) -> list[str]:
             else (_create_truncate(Names(capture.schema).prefix, name, target),)
         ),
         # Of a channel that was renamed, the triggers under its earlier name would tell each change once more.
-        *(statement for alias in aliases for statement in _drop(capture.schema, alias, capture.operation)),
+        *(statement for alias in aliases for statement in drop_statements(capture.schema, alias, capture.operation)),
     ]
 
 
@@ -192,7 +192,8 @@ _TEMPLATES: Mapping[int, Callable[[Capture, str], list[str]]] = {1: _first_templ
 """Each gives the statements that make a trigger on a (qualified and quoted) table."""
 
 
-def _drop(schema: str, channel_name: str, operation: str) -> list[str]:
+def drop_statements(schema: str, channel_name: str, operation: str) -> list[str]:
+    """Return what removes a channel's triggers for an operation, whatever they were made of."""
     # With the functions go their triggers, wherever the table has been moved to meanwhile.
     names = [quote_identifier(trigger_name(channel_name, operation + part)) for part in ("", _BY_ROW, _THROUGH)]
     return [f"DROP FUNCTION IF EXISTS {Names(schema).prefix}{name}() CASCADE" for name in names]

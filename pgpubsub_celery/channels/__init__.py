@@ -8,7 +8,7 @@ of a field may be is `fieldtypes`', how a message is stored is `payload`'s.
 """
 
 from pgpubsub_celery.channels.checks import channel_field_names, check_declared
-from pgpubsub_celery.channels.declaration import Channel, TriggerChannel, _registry, path_of
+from pgpubsub_celery.channels.declaration import Channel, TriggerChannel, _registry, listen_name_of, path_of
 from pgpubsub_celery.channels.registry import find_channel, registered_channels, select_channels
 from pgpubsub_celery.channels.tables import captured_columns, table_of
 
@@ -20,6 +20,7 @@ __all__ = [
     "channel_field_names",
     "check_declared",
     "find_channel",
+    "listen_name_of",
     "path_of",
     "registered_channels",
     "select_channels",

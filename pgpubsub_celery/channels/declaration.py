@@ -96,10 +96,7 @@ class Channel:
     @classmethod
     def listen_safe_name(cls) -> str:
         """Return a name to LISTEN to: at most 63 bytes of a-z, 0-9 and _, and no other channel's."""
-        name = cls.name()
-        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:_HASH_DIGITS]
-        readable = re.sub(r"[^a-z0-9]+", "_", name.lower())
-        return f"{readable[-(LONGEST_IDENTIFIER - _HASH_DIGITS - 1) :].strip('_') or 'channel'}_{digest}"
+        return listen_name_of(cls.name())
 
 
 class TriggerChannel(Channel, Generic[M]):
@@ -144,6 +141,13 @@ class TriggerChannel(Channel, Generic[M]):
 
 TRIGGER_FIELDS = ("old", "new")
 _ATTRIBUTES = tuple(name for name in vars(Channel) if not name.startswith("_"))
+
+
+def listen_name_of(name: str) -> str:
+    """Return what to LISTEN to for the channel of a name: at most 63 bytes of a-z, 0-9 and _, and no other channel's."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:_HASH_DIGITS]
+    readable = re.sub(r"[^a-z0-9]+", "_", name.lower())
+    return f"{readable[-(LONGEST_IDENTIFIER - _HASH_DIGITS - 1) :].strip('_') or 'channel'}_{digest}"
 
 
 def path_of(cls: type) -> str:
