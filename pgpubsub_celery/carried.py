@@ -29,7 +29,7 @@ class CarriedDelivery(Delivery):
             with self.runtime.connect() as connection:
                 arguments = self.decode(rows, connection)
         else:
-            arguments = [self._decode_message(row) for row in rows]
+            arguments = self.decode_messages(rows)
         parts = self.parts(rows, arguments)
         while parts:
             part = parts.pop(0)

@@ -185,10 +185,26 @@ class Delivery:
     def decode(self, rows: Sequence[Taken], connection: Connection) -> list[dict[str, Any] | DecodeError]:
         """Return the listener's arguments for each row, or why they cannot be read."""
         channel = self.listener.channel
-        if issubclass(channel, TriggerChannel):
-            decoded = decode_rows(channel, [row.payload for row in rows], connection)
-            return [one if isinstance(one, DecodeError) else self._arguments_of_change(*one) for one in decoded]
-        return [self._decode_message(row) for row in rows]
+        if not issubclass(channel, TriggerChannel):
+            return self._explained([self._decode_message(row) for row in rows], rows, connection)
+        decoded = decode_rows(channel, [row.payload for row in rows], connection)
+        found = [one if isinstance(one, DecodeError) else self._arguments_of_change(*one) for one in decoded]
+        return self._explained(found, rows, connection)
+
+    def decode_messages(self, rows: Sequence[Taken]) -> list[Arguments]:
+        """Return the same for rows that are no changes; needs no connection but to explain an error."""
+        found = [self._decode_message(row) for row in rows]
+        if not any(isinstance(one, DecodeError) for one in found):
+            return found
+        with self.runtime.connect() as connection:
+            return self._explained(found, rows, connection)
+
+    def _explained(self, found: list[Arguments], rows: Sequence[Taken], connection: Connection) -> list[Arguments]:
+        """Add to errors which versions of the database are between what was stored and what reads it."""
+        if not any(isinstance(one, DecodeError) for one in found):
+            return found
+        present = self.store.db_version(connection)
+        return [_with_versions(one, row.db_version, present) for one, row in zip(found, rows, strict=True)]
 
     def _arguments_of_change(self, old: Any, new: Any) -> dict[str, Any]:
         fields, channel = self.listener.fields, self.listener.channel
@@ -366,3 +382,12 @@ def aware(eta: datetime.datetime | None, app: Any) -> datetime.datetime | None:
     if eta is None or eta.tzinfo is not None:
         return eta
     return eta.replace(tzinfo=app.timezone)
+
+
+def _with_versions(arguments: Arguments, stored: str | None, present: str | None) -> Arguments:
+    if not isinstance(arguments, DecodeError) or (stored is None and present is None):
+        return arguments
+    return DecodeError(
+        f"{arguments} It was stored at version {stored or 'unknown'} of the database, which is now at "
+        f"{present or 'unknown'}."
+    )

@@ -16,7 +16,7 @@ from sqlalchemy.engine.result import IteratorResult, SimpleResultMetaData
 from sqlalchemy.orm import Mapper, class_mapper
 from sqlalchemy.orm.attributes import instance_state
 
-from pgpubsub_celery.channels import TriggerChannel, table_of
+from pgpubsub_celery.channels import TriggerChannel, declared_defaults, renamed_columns, table_of
 from pgpubsub_celery.errors import DecodeError
 
 Processor = Callable[[Any], Any]
@@ -35,6 +35,10 @@ class Builder:
             if column.type._has_column_expression  # noqa: SLF001 - SQLAlchemy's own test
         }
         """Columns that SQLAlchemy selects through a function of their type."""
+        self.renamed: Mapping[str, str] = {}
+        """Columns by the names that they had earlier."""
+        self.defaults: Mapping[str, Any] = {}
+        """What columns have in rows stored before they were there: values, or functions that return one."""
         self._processors: weakref.WeakKeyDictionary[Dialect, dict[tuple[str, int], Processor | None]] = (
             weakref.WeakKeyDictionary()
         )
@@ -139,5 +143,6 @@ def builder_of(channel: type[TriggerChannel[Any]]) -> Builder:
         builder = (
             _RowBuilder(table, "a row") if isinstance(model, Table) else _InstanceBuilder(table, class_mapper(model))
         )
+        builder.renamed, builder.defaults = renamed_columns(channel), declared_defaults(channel)
         _builders[channel] = builder
     return builder

@@ -201,7 +201,7 @@ def grant_run(connection: Connection, role: str, schema: str | None = None) -> N
         f"SELECT, INSERT, UPDATE, DELETE ON {names.notification}, {names.run_time}",
         f"SELECT, INSERT, UPDATE ON {names.subscription}, {names.channel}",
         f"SELECT ON {names.installation}",
-        f"EXECUTE ON FUNCTION {names.prefix}pgpubsub_ring(text)",
+        f"EXECUTE ON FUNCTION {names.prefix}pgpubsub_ring(text), {names.prefix}pgpubsub_db_version()",
     )
 
 

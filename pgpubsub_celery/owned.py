@@ -62,7 +62,7 @@ class OwnedDelivery(Delivery):
 
     def _decode_all(self, rows: Sequence[Taken]) -> list[Arguments]:
         if not issubclass(self.listener.channel, TriggerChannel):
-            return [self._decode_message(row) for row in rows]
+            return self.decode_messages(rows)
         with self.runtime.connect() as connection:
             return self.decode(rows, connection)
 

@@ -45,9 +45,9 @@ def decode_rows(
     """Return `(old, new)` for each payload of a bundle: instances of the channel's model, or rows of its `Table`.
 
     Instances are detached, as if loaded and expunged: what was not stored (excluded columns, relationships, other
-    tables' columns) is not loaded. Rows are SQLAlchemy `Row`s of the stored columns. A payload that cannot be decoded
-    gives a DecodeError in its place. Uses the caller's transaction, in a savepoint, for one statement at most, and one
-    more when the table has not been looked at for a minute; never commits.
+    tables' columns) is not loaded, but for the channel's `defaults`. Rows are SQLAlchemy `Row`s of the stored columns.
+    A payload that cannot be decoded gives a DecodeError in its place. Uses the caller's transaction, in a savepoint,
+    for one statement at most, and one more when the table has not been looked at for a minute; never commits.
     """
     return _Bundle(channel, payloads, connection).decode()
 
@@ -88,11 +88,15 @@ class _Bundle:
         if columns is None and payload is not None:
             return None
         if isinstance(columns, Mapping) and all(value is None or isinstance(value, str) for value in columns.values()):
-            return columns
+            return self._by_present_names(columns)
         raise DecodeError(
             f"{self._channel.name()}: its payload is not one that a trigger stored: expected "
             '{"old": {column: text}, "new": {column: text}}.'
         )
+
+    def _by_present_names(self, columns: _Texts) -> _Texts:
+        earlier = {old: new for old, new in self._builder.renamed.items() if old in columns and new not in columns}
+        return {earlier.get(name, name): value for name, value in columns.items()} if earlier else columns
 
     def _rows(self, texts: Sequence[_Texts]) -> list[Any]:
         """Return a row or a DecodeError for each."""
@@ -110,8 +114,10 @@ class _Bundle:
         return _shape_of(self._connection, self._builder.table, renew=renew)
 
     def _build(self, values: Mapping[str, Any]) -> Any:
+        added = {name: value for name, value in self._builder.defaults.items() if name not in values}
         try:
-            return self._builder.build(values)
+            defaults = {name: value() if callable(value) else value for name, value in added.items()}
+            return self._builder.build({**values, **defaults} if added else values)
         except Exception as exc:  # noqa: BLE001 - what the application does when an object is loaded may raise anything
             return self._error(exc, None, None)
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, TextClause, text
 
 from pgpubsub_celery import statements as sql
-from pgpubsub_celery.schema import Names
+from pgpubsub_celery.schema import Names, quote_literal
 
 TRACEBACK_LIMIT = 20_000
 """Characters of a traceback that are kept; its end says most, so its middle goes."""
@@ -153,6 +153,11 @@ class Store:
         self._release = _sql(sql.RELEASE, n=n, given_back=sql.GIVEN_BACK)
         self._release_owned = _sql(sql.RELEASE_OWNED, n=n, given_back=sql.GIVEN_BACK)
         self._installation = _sql("SELECT id FROM {i}", i=self.names.installation)
+        self._db_version = _sql("SELECT {p}pgpubsub_db_version()", p=self.names.prefix)
+        self._may_ask_version = _sql(
+            "SELECT has_function_privilege({f}, 'EXECUTE')",
+            f=quote_literal(f"{self.names.prefix}pgpubsub_db_version()"),
+        )
         self._ring = _sql("SELECT {p}pgpubsub_ring(:channel)", p=self.names.prefix)
         self._acknowledge_committed = _sql(sql.ACKNOWLEDGE_COMMITTED, n=n)
         self._release_lost = _sql(sql.RELEASE_LOST, n=n, given_back=sql.GIVEN_BACK)
@@ -165,6 +170,13 @@ class Store:
         """Return the installation's id."""
         id = connection.execute(self._installation).scalar_one()
         return id if isinstance(id, uuid.UUID) else uuid.UUID(str(id))
+
+    def db_version(self, connection: Connection) -> str | None:
+        """Return Alembic's revision(s) of the database, or None where there are none, or this role may not ask."""
+        if not connection.execute(self._may_ask_version).scalar():
+            return None  # asking would abort the caller's transaction
+        version = connection.execute(self._db_version).scalar()
+        return None if version is None else str(version)
 
     def ring(self, connection: Connection, channel: str) -> None:
         """Ring the doorbell of a stored channel, as a writer does, for rows made waiting in this transaction."""

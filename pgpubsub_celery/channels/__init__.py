@@ -10,7 +10,7 @@ of a field may be is `fieldtypes`', how a message is stored is `payload`'s.
 from pgpubsub_celery.channels.checks import channel_field_names, check_declared
 from pgpubsub_celery.channels.declaration import Channel, TriggerChannel, _registry, listen_name_of, path_of
 from pgpubsub_celery.channels.registry import find_channel, registered_channels, select_channels
-from pgpubsub_celery.channels.tables import captured_columns, table_of
+from pgpubsub_celery.channels.tables import captured_columns, declared_defaults, renamed_columns, table_of
 
 __all__ = [
     "Channel",
@@ -19,10 +19,12 @@ __all__ = [
     "captured_columns",
     "channel_field_names",
     "check_declared",
+    "declared_defaults",
     "find_channel",
     "listen_name_of",
     "path_of",
     "registered_channels",
+    "renamed_columns",
     "select_channels",
     "table_of",
 ]

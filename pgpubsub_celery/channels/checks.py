@@ -11,7 +11,7 @@ import weakref
 from typing import Any
 
 from pgpubsub_celery.channels.declaration import TRIGGER_FIELDS, Channel, TriggerChannel, check_field_name, path_of
-from pgpubsub_celery.channels.tables import captured_columns
+from pgpubsub_celery.channels.tables import captured_columns, declared_defaults, renamed_columns
 from pgpubsub_celery.errors import ChannelError
 from pgpubsub_celery.fieldtypes import codec_of
 from pgpubsub_celery.hints import is_class_variable, own_annotations
@@ -34,6 +34,8 @@ def check_declared(cls: type[Channel]) -> None:
         raise ChannelError(f"{cls.__name__} itself is not a channel: declare a subclass of it.")
     if issubclass(cls, TriggerChannel):
         captured_columns(cls)
+        renamed_columns(cls)
+        declared_defaults(cls)
     else:
         _check_dataclass(cls)
         for field in channel_field_names(cls):

@@ -12,6 +12,8 @@ import math
 import re
 import sys
 import typing
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias
 
 from typing_extensions import TypeVar
@@ -114,6 +116,11 @@ class TriggerChannel(Channel, Generic[M]):
     """What is stored of a row: "all", "key" (the primary key alone) or columns, to which the primary key is added."""
     exclude: ClassVar[Columns] = ()
     """Columns whose values never leave the table."""
+    renamed: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Columns that had another name in rows stored earlier: `{"name": "full_name"}`, the earlier name first."""
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """What rows stored earlier have in columns added since: values, or functions without arguments that return one.
+    Without a default, such a column is not loaded."""
 
     if TYPE_CHECKING:  # no fields: instances are what a listener with batch= is given
 
@@ -144,7 +151,7 @@ _ATTRIBUTES = tuple(name for name in vars(Channel) if not name.startswith("_"))
 
 
 def listen_name_of(name: str) -> str:
-    """Return what to LISTEN to for the channel of a name: at most 63 bytes of a-z, 0-9 and _, and no other channel's."""
+    """Return what to LISTEN to for the channel of this name: at most 63 bytes, and no other channel's."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:_HASH_DIGITS]
     readable = re.sub(r"[^a-z0-9]+", "_", name.lower())
     return f"{readable[-(LONGEST_IDENTIFIER - _HASH_DIGITS - 1) :].strip('_') or 'channel'}_{digest}"
@@ -210,6 +217,10 @@ def _check_attributes(cls: type[Channel]) -> None:
     if issubclass(cls, TriggerChannel):
         _check_columns_attribute(cls, "include")
         _check_columns_attribute(cls, "exclude")
+        for attribute in ("renamed", "defaults"):
+            value = getattr(cls, attribute)
+            if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+                raise ChannelError(f"{what}: {attribute} = {value!r}: expected a dictionary by names of columns.")
 
 
 def _check_name(name: Any, what: str) -> None:

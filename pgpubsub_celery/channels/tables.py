@@ -1,11 +1,12 @@
 """What a trigger channel is about: the table, and which of its columns are stored.
 
-Owns the meaning of `model`, `include` and `exclude`. Reads declarations alone, and configures no mapper: other models
-may not be imported yet.
+Owns the meaning of `model`, `include`, `exclude`, `renamed` and `defaults`. Reads declarations alone, and configures no
+mapper: other models may not be imported yet.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import Column, Table
@@ -76,13 +77,45 @@ def captured_columns(cls: type[TriggerChannel[Any]]) -> tuple[Column[Any], ...]:
     return tuple(column for column in table.columns if column in wanted and column not in exclude)
 
 
+def renamed_columns(cls: type[TriggerChannel[Any]]) -> dict[str, str]:
+    """Return the columns that rows stored earlier have under other names: `renamed`, by the earlier name.
+
+    Raises:
+        ChannelError: a column is unknown.
+    """
+    found = _found(cls, table_of(cls), "renamed", cls.renamed.values())
+    return {earlier: str(column.name) for earlier, column in zip(cls.renamed, found, strict=True)}
+
+
+def declared_defaults(cls: type[TriggerChannel[Any]]) -> dict[str, Any]:
+    """Return what columns have in rows stored before they were added: `defaults`, by the column's name.
+
+    Raises:
+        ChannelError: a column is unknown, or not stored.
+    """
+    found = _found(cls, table_of(cls), "defaults", cls.defaults)
+    captured = captured_columns(cls)
+    for column in found:
+        if column not in captured:
+            raise ChannelError(
+                f"{path_of(cls)}: defaults has {column.name!r}, which is not stored (include, exclude): no listener "
+                "is ever given it. Leave it out of defaults."
+            )
+    return {str(column.name): value for column, value in zip(found, cls.defaults.values(), strict=True)}
+
+
 def _columns(cls: type[TriggerChannel[Any]], table: Table, attribute: str) -> list[Column[Any]]:
-    """Return the columns that `include` or `exclude` names: by their own name, or by that of the model's attribute."""
+    """Return the columns that `include` or `exclude` names."""
+    return _found(cls, table, attribute, getattr(cls, attribute))
+
+
+def _found(cls: type[TriggerChannel[Any]], table: Table, attribute: str, names: Iterable[Any]) -> list[Column[Any]]:
+    """Return the columns that an attribute names: by their own name, or by that of the model's attribute."""
     mapper = _mapper_of(cls.model)
     by_attribute = {} if mapper is None else {key: c for key, c in mapper.columns.items() if c.table is table}
     by_name = {column.name: column for column in table.columns}
     found: list[Column[Any]] = []
-    for given in getattr(cls, attribute):
+    for given in names:
         if isinstance(given, Column):
             column = given if given.table is table else None
         else:

@@ -373,8 +373,10 @@ def test_one_failure_in_a_bundle_fails_alone(bundled: Work) -> None:
 
 
 def test_a_payload_that_cannot_be_decoded_fails_alone(bundled: Work) -> None:
-    """The error names the field, and the task's failure signal is sent."""
+    """The error names the field and the versions, and the task's failure signal is sent."""
+    bundled.deliveries.execute("CREATE TABLE alembic_version AS SELECT 'r7' AS version_num")
     bundled.emit(1, 2, 3)
+    bundled.deliveries.execute("UPDATE alembic_version SET version_num = 'r9'")
     bundled.deliveries.execute(
         "UPDATE pgpubsub_notification SET payload = '{\"value\": \"x\"}' WHERE payload->>'value' = '2'"
     )
@@ -384,6 +386,7 @@ def test_a_payload_that_cannot_be_decoded_fails_alone(bundled: Work) -> None:
     (row,) = bundled.rows()
     assert row["state"] == "failed"
     assert "value" in row["error"]
+    assert "stored at version r7 of the database, which is now at r9" in row["error"]
 
 
 def test_a_run_that_never_ends_is_counted_and_fails_in_the_end(work: Work) -> None:

@@ -200,11 +200,15 @@ def test_a_crash_in_a_bundle_leaves_at_most_one_run_unacknowledged(bundled: Work
 
 def test_a_payload_that_cannot_be_decoded_fails_alone(bundled: Work) -> None:
     """The others of its bundle run."""
+    bundled.deliveries.execute("CREATE TABLE alembic_version AS SELECT 'r7' AS version_num")
     bundled.emit(1, 2, 3)
+    bundled.deliveries.execute("UPDATE alembic_version SET version_num = 'r9'")
     bundled.deliveries.execute("UPDATE pgpubsub_notification SET payload = '{}' WHERE payload->>'value' = '2'")
     bundled.deliveries.run()
     assert [value for value, _ in bundled.calls] == [1, 3]
     assert bundled.states == ["failed"]
+    (row,) = bundled.deliveries.rows()
+    assert "stored at version r7 of the database, which is now at r9" in row["error"]
 
 
 def test_acknowledge_makes_result_and_acknowledgement_one(work: Work) -> None:

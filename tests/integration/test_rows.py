@@ -71,7 +71,8 @@ from sqlalchemy.orm.exc import DetachedInstanceError
 from sqlalchemy.types import NullType, UserDefinedType
 
 from pgpubsub_celery import channels, rows
-from pgpubsub_celery.errors import DecodeError
+from pgpubsub_celery.channels import check_declared
+from pgpubsub_celery.errors import ChannelError, DecodeError
 from pgpubsub_celery.rows import decode_rows
 from tests.fixtures.changes import channel_of, create, listener_of, rows_of
 
@@ -784,6 +785,49 @@ def test_a_column_added_since_is_not_loaded(connection: Connection, author_chang
     """What was stored before it was there says nothing of it."""
     _, new = change_of(author_changes, {"new": {"id": "1", "name": "Ann"}}, connection)
     assert inspect(new).unloaded == {"secret", "books", "shouted", "settings", "long"}
+
+
+def test_a_column_renamed_since_is_read_under_its_new_name(connection: Connection) -> None:
+    """Where the channel says so; a row that has the new name already is taken as it is."""
+    Base.metadata.create_all(connection)
+    channel = channel_of(Author, "renamed", renamed={"title": "name", "nick": Author.name, "key": "id"})
+    _, new = change_of(channel, {"new": {"key": "1", "title": "Ann"}}, connection)
+    assert (new.key, new.name) == (1, "Ann")
+    old, new = change_of(channel, {"old": {"id": "1", "nick": "Ann"}, "new": {"id": "1", "name": "Bea"}}, connection)
+    assert (old.name, new.name) == ("Ann", "Bea")
+    _, new = change_of(channel, {"new": {"id": "1", "name": "Ann", "title": "Dr"}}, connection)
+    assert new.name == "Ann"
+
+
+def test_a_column_added_since_has_the_default_that_is_declared(connection: Connection) -> None:
+    """In instances and in rows of tables, a value or what a function returns; what was stored stays, null too."""
+    Base.metadata.create_all(connection)
+    channel = channel_of(Author, "defaults", defaults={"settings": dict, "name": "nobody"})
+    _, first = change_of(channel, {"new": {"id": "1"}}, connection)
+    _, second = change_of(channel, {"new": {"id": "2", "name": "Ann"}}, connection)
+    assert (first.name, first.settings, second.name) == ("nobody", {}, "Ann")
+    assert first.settings is not second.settings
+    assert "long" in inspect(first).unloaded
+    _, third = change_of(channel, {"new": {"id": "1", "name": None}}, connection)
+    assert third.name is None
+    rows_channel = channel_of(Author.__table__, "of_rows", defaults={"name": "nobody"})
+    assert change_of(rows_channel, {"new": {"id": "1"}}, connection)[1]._mapping == {"id": 1, "name": "nobody"}
+
+
+@pytest.mark.parametrize(
+    ("attributes", "told"),
+    [
+        ({"renamed": {"title": "nme"}}, r"renamed has 'nme', which is no column of author.*Did you mean 'name'"),
+        ({"renamed": ("title", "name")}, r"renamed = .*: expected a dictionary by names of columns"),
+        ({"defaults": {"nme": ""}}, r"defaults has 'nme', which is no column of author"),
+        ({"defaults": {"secret": ""}, "exclude": ("secret",)}, r"defaults has 'secret', which is not stored"),
+        ({"default": {}}, r"default = .* means nothing. Did you mean 'defaults'"),
+    ],
+)
+def test_what_is_said_of_unknown_columns_is_refused(attributes: dict[str, Any], told: str) -> None:
+    """At the declaration, or when the channel is first used."""
+    with pytest.raises(ChannelError, match=told):
+        check_declared(channel_of(Author, "wrong", **attributes))
 
 
 def change_of(channel: Any, payload: Any, connection: Connection) -> tuple[Any, Any]:
