@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from pgpubsub_celery.schema import Names, quote_identifier
-from pgpubsub_celery.triggers import COMMENT
+from pgpubsub_celery.triggers import read_comment
 
 COUNT_LIMIT = 10_000
 """Counts stop here: more than this is shown as this and a plus."""
@@ -90,8 +90,12 @@ def read_bridges(connection: Connection, schema: str) -> list[BridgeStatus]:
 
 def read_triggers(connection: Connection, schema: str) -> list[TriggerStatus]:
     """Return the triggers of this installation, by table and name."""
-    rows = connection.execute(text(_TRIGGERS), {"schema": schema, "comment": f"{COMMENT}%", "skip": len(COMMENT) + 1})
-    return [TriggerStatus(table=r.table_name, name=r.name, enabled=r.enabled, hash=r.hash) for r in rows]
+    rows = connection.execute(text(_TRIGGERS), {"schema": schema})
+    described = [(row, read_comment(row.description)) for row in rows]
+    return [
+        TriggerStatus(table=r.table_name, name=r.name, enabled=r.enabled, hash=None if told is None else told.hash)
+        for r, told in described
+    ]
 
 
 def read_source(connection: Connection, schema: str, function: str) -> str | None:
@@ -155,7 +159,8 @@ FROM {s} s
 UNION ALL
 SELECT n.channel, NULL, count(*) FILTER (WHERE n.available_at <= now()),
     count(*) FILTER (WHERE n.available_at > now()), 0, 0, 0, 0,
-    extract(epoch FROM now() - min(n.available_at) FILTER (WHERE n.available_at <= now()))::float8, NULL
+    extract(epoch FROM now() - min(n.available_at) FILTER (WHERE n.available_at <= now()))::float8,
+    array_agg(DISTINCT n.db_version) FILTER (WHERE n.db_version IS NOT NULL)
 FROM (
     SELECT * FROM {n} n WHERE n.subscription IS NULL
     ORDER BY n.subscription, n.state, n.available_at, n.id LIMIT :limit
@@ -179,7 +184,7 @@ GROUP BY a.pid, a.client_addr, a.backend_start ORDER BY a.backend_start
 _TRIGGERS = """
 SELECT format('%I.%I', n.nspname, c.relname) AS table_name, t.tgname AS name,
     CASE t.tgenabled WHEN 'D' THEN 'no' WHEN 'R' THEN 'replica' WHEN 'A' THEN 'always' ELSE 'yes' END AS enabled,
-    CASE WHEN d.description LIKE :comment THEN substr(d.description, :skip) END AS hash
+    d.description
 FROM pg_catalog.pg_trigger t
 JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace

@@ -115,19 +115,19 @@ def trigger_definitions(
     check_declared(channel)
     table = table_of(channel)
     return [
-        _definition(read_capture(channel, table, operation, wanting, schema), _target(table))
+        _definition(read_capture(channel, table, operation, wanting, schema), _target(table), TEMPLATE)
         for operation in SIDES
         if (wanting := [listener for listener in listeners if operation in listener.operations])
     ]
 
 
-def definition_of(arguments: Mapping[str, Any], schema: str, template: int = TEMPLATE) -> TriggerDefinition:
+def definition_of(arguments: Mapping[str, Any], schema: str, template: int | None = None) -> TriggerDefinition:
     """Return the definition that has been made of these arguments before, with one of the released texts.
 
     Raises:
         PgPubSubError: an argument is missing or unknown, or the text is a newer release's.
     """
-    return _definition(*capture_of(arguments, schema), template)
+    return _definition(*capture_of(arguments, schema), TEMPLATE if template is None else template)
 
 
 def trigger_name(channel_name: str, part: str) -> str:
@@ -138,7 +138,7 @@ def trigger_name(channel_name: str, part: str) -> str:
     return f"pgpubsub_{readable[-room:].lstrip('_')}_{part}_{digest}"
 
 
-def _definition(capture: Capture, table: Target, template: int = TEMPLATE) -> TriggerDefinition:
+def _definition(capture: Capture, table: Target, template: int) -> TriggerDefinition:
     if template not in _TEMPLATES:
         raise PgPubSubError(
             f"This release knows the texts 1 to {TEMPLATE} of triggers, not {template}: use the release that the "

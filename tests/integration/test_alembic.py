@@ -14,7 +14,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Column, Engine, Integer, MetaData, Table, Text, text
 from sqlalchemy.exc import DBAPIError
 
-from pgpubsub_celery import Channel, channels, install, install_on_create_all, listeners, metadata, upgrades
+from pgpubsub_celery import Channel, channels, install, install_on_create_all, listeners, metadata, triggers, upgrades
 from pgpubsub_celery.alembic import NAME, comparison, include_object
 from pgpubsub_celery.listeners import Listener, register_listener
 from pgpubsub_celery.migrations import check
@@ -587,6 +587,33 @@ def test_triggers_that_nobody_knows_are_removed_and_restored_as_they_are(
     env.upgrade()
     assert env.autogenerate() == ""
     assert found(engine) == []
+    env.downgrade()
+    assert state(engine) == was
+
+
+def test_a_better_text_of_triggers_is_a_migration_that_can_be_undone(
+    environment: Callable[..., Environment], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Released ones stay: the migrations made with them do the same as before, also in a later release."""
+    env = environment(watch(table("name"), "insert"))
+    env.autogenerate()
+    env.upgrade()
+    was = state(engine)
+    first = triggers._TEMPLATES[1]
+
+    def second(capture: Any, target: str) -> list[str]:
+        return [statement.replace("BEGIN", "BEGIN -- better", 1) for statement in first(capture, target)]
+
+    monkeypatch.setattr(triggers, "_TEMPLATES", {1: first, 2: second})
+    monkeypatch.setattr(triggers, "TEMPLATE", 2)
+    (line,) = found(engine)
+    assert "is out of date (its text is version 1, this release has 2)" in line
+    written = env.autogenerate()
+    upgrade, downgrade = written.split("def downgrade")
+    assert "op.replace_pgpubsub_trigger(" in upgrade
+    assert "template=2" in upgrade
+    assert "template=1" in downgrade
+    env.upgrade()
     env.downgrade()
     assert state(engine) == was
 
