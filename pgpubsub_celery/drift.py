@@ -21,6 +21,8 @@ from pgpubsub_celery.errors import PgPubSubError
 from pgpubsub_celery.listeners import Listener, listeners_of
 from pgpubsub_celery.schema import VERSION, Function, Names, functions, quote_identifier
 from pgpubsub_celery.subscriptions import (
+    ChannelRow,
+    Row,
     changes,
     channel_statement,
     describe,
@@ -60,9 +62,7 @@ def with_triggers(connection: Connection, names: Names, channels: Sequence[type[
 
     A process of the older release that installs late would otherwise have their tables emit under both names.
     """
-    if relation_of(connection, names.channel) is None:
-        return list(channels)
-    rows = read_channels(connection, names)
+    rows = known_channels(connection, names)
     return [
         channel
         for channel in channels
@@ -114,17 +114,25 @@ def own_steps(connection: Connection, names: Names, channels: Sequence[type[Chan
         PgPubSubError: the database is of a newer release, or has objects with our names that are not ours.
     """
     steps = own_objects(connection, names)
-    has_channels = relation_of(connection, names.channel) is not None
-    known = {row.name: row for row in (read_channels(connection, names) if has_channels else [])}
+    known = {row.name: row for row in known_channels(connection, names)}
     for wanted in map(wanted_channel, channels):
         if known.get(wanted.name) != wanted:
             what = "is missing" if wanted.name not in known else "is out of date"
             steps.append(Step(what=f"the channel {wanted.name} {what}", statements=(channel_statement(wanted, names),)))
-    has_subscriptions = relation_of(connection, names.subscription) is not None
-    rows = read_subscriptions(connection, names) if has_subscriptions else []
+    rows = known_subscriptions(connection, names)
     for change in changes(rows, listeners(channels), exact=True):
         steps.append(Step(what=describe(change), statements=(change.statement(names),)))
     return steps
+
+
+def known_channels(connection: Connection, names: Names) -> list[ChannelRow]:
+    """Return the channels that are stored; none where there is no table of them."""
+    return [] if relation_of(connection, names.channel) is None else read_channels(connection, names)
+
+
+def known_subscriptions(connection: Connection, names: Names) -> list[Row]:
+    """Return the subscriptions that are stored; none where there is no table of them."""
+    return [] if relation_of(connection, names.subscription) is None else read_subscriptions(connection, names)
 
 
 def own_objects(connection: Connection, names: Names) -> list[Step]:

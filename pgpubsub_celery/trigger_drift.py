@@ -115,6 +115,9 @@ def trigger_steps(connection: Connection, names: Names, table: str, wanted: Sequ
         if present is None:
             steps.append(Step(what=f"{what} is missing", statements=tuple(definition.create)))
             continue
+        described = present.described
+        if described is not None and described.template > definition.template:
+            continue  # a newer release's, which does what this one needs: not to be undone by whoever installs late
         if present.comment != definition.comment:
             statements = tuple(definition.create)
             steps.append(Step(what=f"{what} is out of date{_outdated(present, definition)}", statements=statements))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from alembic.operations import MigrateOperation
@@ -30,8 +30,6 @@ from pgpubsub_celery.subscriptions import (
     Row,
     changes,
     match,
-    read_channels,
-    read_subscriptions,
     wanted_channel,
 )
 from pgpubsub_celery.trigger_drift import (
@@ -99,11 +97,10 @@ class _Comparison:
             return self._found
         self._own(is_installed)
         if self._knows:
-            if is_installed:
-                self._channels = drift.with_triggers(self._connection, self._names, self._channels)
-            self._rows(is_installed)
+            self._channels = drift.with_triggers(self._connection, self._names, self._channels)
+            self._rows()
             self._triggers()
-        elif len(read_channels(self._connection, self._names)) > 1:
+        elif len(drift.known_channels(self._connection, self._names)) > 1:
             logger.warning(
                 "no channel is imported, so none is compared: pass pgpubsub_app='your.celery_app' to "
                 "context.configure() in env.py, or import the modules of channels and listeners there"
@@ -145,9 +142,9 @@ class _Comparison:
 
     # Channels and subscriptions
 
-    def _rows(self, is_installed: bool) -> None:
-        known = {row.name: row for row in (self._read(read_channels) if is_installed else [])}
-        rows: list[Row] = self._read(read_subscriptions) if is_installed else []
+    def _rows(self) -> None:
+        known = {row.name: row for row in drift.known_channels(self._connection, self._names)}
+        rows = drift.known_subscriptions(self._connection, self._names)
         for wanted in map(wanted_channel, self._channels):
             self._channel(known.get(wanted.name), wanted)
         listeners = drift.listeners(self._channels)
@@ -160,9 +157,6 @@ class _Comparison:
             else:
                 self._altered(change.was, after)
         self._remove(known, rows)
-
-    def _read(self, read: Callable[[Connection, Names], list[Any]]) -> list[Any]:
-        return read(self._connection, self._names)
 
     def _channel(self, before: ChannelRow | None, wanted: ChannelRow) -> None:
         if before is None:
