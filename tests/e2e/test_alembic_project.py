@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, text
 
+from pgpubsub_celery.schema import VERSION
+from pgpubsub_celery.triggers import TEMPLATE
 from tests.fixtures.commands import CELERY, Folder, done, started
 from tests.fixtures.processes import Running, eventually
 
@@ -39,7 +41,9 @@ class Library:
     def migrate(self, release: int) -> None:
         """As its deployment does: to its revision, after which the database is what its models and listeners need."""
         (revision,) = (PROJECT / VERSIONS).glob(f"r{release}_*.py")
-        shutil.copy(revision, self.folder.path / VERSIONS)
+        # As if it had been made with the present version of our tables, which is not what this is about.
+        written = revision.read_text().replace("pgpubsub(version=1)", f"pgpubsub(version={VERSION})")
+        (self.folder.path / VERSIONS / revision.name).write_text(written.replace("template=1", f"template={TEMPLATE}"))
         assert "No new upgrade operations detected" in self.alembic(release, "upgrade head", "check")
 
     def bridge(self, release: int) -> Running:

@@ -19,7 +19,7 @@ from pgpubsub_celery.alembic import NAME, comparison, include_object
 from pgpubsub_celery.listeners import Listener, register_listener
 from pgpubsub_celery.migrations import check
 from pgpubsub_celery.schema import VERSION, quote_identifier
-from pgpubsub_celery.triggers import trigger_name
+from pgpubsub_celery.triggers import TEMPLATE, trigger_name
 from pgpubsub_celery.upgrades import Upgrade
 from tests.fixtures.alembic_environment import Environment
 from tests.fixtures.changes import channel_of, listener_of
@@ -164,7 +164,7 @@ def test_the_first_migration_is_readable_and_makes_what_install_makes(
     assert (
         "    op.create_pgpubsub_trigger(\n"
         "        'changes',\n        'author',\n        ['insert', 'update', 'delete'],\n"
-        "        columns=['id', 'name'],\n        template=1,\n    )\n"
+        f"        columns=['id', 'name'],\n        template={TEMPLATE},\n    )\n"
     ) in written
     assert "    op.drop_pgpubsub_trigger('changes', 'author', ['insert', 'update', 'delete'])\n" in written
     assert "FUNCTION" not in written

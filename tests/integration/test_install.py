@@ -22,6 +22,7 @@ from pgpubsub_celery.listeners import Listener, register_listener
 from pgpubsub_celery.migrations import check, grant_emit, grant_run, install_sql, register_subscriptions
 from pgpubsub_celery.schema import quote_identifier
 from pgpubsub_celery.settings import sync_url
+from pgpubsub_celery.upgrades import pending
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -321,7 +322,7 @@ def test_an_older_database_is_upgraded(installed_engine: Engine) -> None:
         connection.execute(text("COMMENT ON FUNCTION pgpubsub_ring(text) IS 'pgpubsub:of an older release'"))
         connection.execute(text("DROP FUNCTION pgpubsub_send(text, jsonb)"))
     done = install(installed_engine)
-    assert len(done) == 3
+    assert len(done) == 3 + len(pending(0))
     assert any("version 0" in line for line in done)
     assert any("pgpubsub_ring(text) is out of date" in line for line in done)
     assert any("pgpubsub_send(text, jsonb) is missing" in line for line in done)
