@@ -130,6 +130,7 @@ Examples:
     metavar="SECONDS",
     help="How long a stop may take to finish the batch.  [default: 30]",
 )
+@click.option("--resume", is_flag=True, hidden=True, help="Of `celery worker --pgpubsub`, see sidecar.")
 @database_option
 @click.pass_context
 def listen(
@@ -143,6 +144,7 @@ def listen(
     logformat: str | None,
     worker_start_method: str,
     no_restart_on_failure: bool,
+    resume: bool,
     **settings: Any,
 ) -> None:
     """Listen to channels, and publish a Celery task for each notification's listeners.
@@ -180,6 +182,7 @@ def listen(
         app=state.require_app_path(),
         channels=paths,
         recover=recover,
+        resume=resume,
         settings=given,
         loglevel=loglevel,
         logformat=logformat,

@@ -1,0 +1,90 @@
+"""`celery worker --pgpubsub`: one command runs bridge and worker, and neither outlives the other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from typing import Any
+
+import psutil
+import pytest
+from sqlalchemy import Engine, text
+
+from tests.e2e.test_listen import all_done, emit, states
+from tests.fixtures import shop as app
+from tests.fixtures.processes import APP, BIN, ROOT, Running, Shop, eventually
+
+POOL: tuple[str, ...] = ("--pool=prefork", "--concurrency=1")
+
+
+def bridges(worker: Running) -> list[psutil.Process]:
+    """Return the bridge's processes below the worker."""
+    return [one for one in worker.children() if "pgpubsub_celery.cli" in " ".join(one.cmdline())]
+
+
+@pytest.mark.timeout(180)
+def test_a_worker_with_a_bridge_beside_it_does_everything_and_ends_as_one(shop: Shop, database: Engine) -> None:
+    """What is committed is done; a bridge that dies is started anew and holds nothing back; a warm stop ends both."""
+    emit(database, app.Order(number=1))
+    with database.begin() as connection:
+        connection.execute(text("UPDATE pgpubsub_notification SET state = 'held'"))
+    worker = shop.worker(*POOL, "--pgpubsub", "--pgpubsub-recover", ready=False)
+    worker.wait_for("recovered 1 stored notification")
+    emit(database, app.Order(number=2))
+    all_done(database, {("order", 1): 1, ("order", 2): 1})
+
+    (supervisor, *_) = bridges(worker)
+    supervisor.kill()
+    emit(database, app.Order(number=3))
+    worker.wait_for("listening to", count=2)
+    emit(database, app.Order(number=4))
+    all_done(database, {("order", n): 1 for n in (1, 2, 3, 4)})
+    assert "held" not in worker.log()
+
+    mine = worker.children()
+    assert len(mine) > 2
+    assert worker.stop() == 0
+    eventually(lambda: not any(one.is_running() for one in mine), "nothing of it is left")
+
+
+def test_a_killed_worker_takes_its_bridge_along(shop: Shop, database: Engine) -> None:
+    """Nobody would look after it any more."""
+    worker = shop.worker(*POOL, "--pgpubsub")
+    worker.wait_for("listening to")
+    mine = worker.children()
+    assert bridges(worker)
+    worker.signal(signal.SIGKILL)
+    worker.code()
+    eventually(lambda: not any(one.is_running() and one.status() != "zombie" for one in mine), "nothing of it is left")
+    emit(database, app.Order(number=1))
+    assert states(database) == {"waiting": 1}
+
+
+def test_without_the_option_a_worker_is_a_worker(shop: Shop) -> None:
+    """Other workers of an application that has this package are left alone."""
+    assert not bridges(shop.worker(*POOL))
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "told"),
+    [
+        (["--pgpubsub"], {"PGPUBSUB_DATABASE_URL": ""}, "No database is configured"),
+        (["--pgpubsub-recover=some"], {}, "'some' is not one of"),
+    ],
+)
+def test_what_cannot_work_is_said_at_the_start(
+    shop: Shop, words: list[str], environment: dict[str, str], told: str
+) -> None:
+    """Before anything runs."""
+    result: Any = subprocess.run(
+        [str(BIN / "celery"), "-A", APP, "worker", *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **shop.environment, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert told in result.stdout + result.stderr
