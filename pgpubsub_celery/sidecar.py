@@ -2,8 +2,8 @@
 
 Owns a `pgpubsub-bridge listen` below the worker's main process: starts it, starts it anew whenever it has ended
 unasked, ends it with the worker. Never listens itself and never touches a notification: what it starts is the same
-command, with the same supervisor, that others start by hand. It exists so that one command runs everything, as `-B` does
-for beat. Other than beat, it may run beside any number of workers: several bridges are a matter of course.
+command, with the same supervisor, that others start by hand. It exists so that one command runs everything, as `-B`
+does for beat. Other than beat, it may run beside any number of workers: several bridges are a matter of course.
 """
 
 from __future__ import annotations
