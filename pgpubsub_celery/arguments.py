@@ -52,9 +52,7 @@ def capture_of(arguments: Mapping[str, Any], schema: str) -> tuple[Capture, Targ
     known = {*_REQUIRED, "table_schema", "aliases", "stored", "listen_name", "predicates", *others}
     unknown = sorted(given.keys() - known)
     if lacking or unknown:
-        what = (
-            f"lacks {', '.join(lacking)}" if lacking else f"has {', '.join(unknown)}, unknown to this release"
-        )
+        what = f"lacks {', '.join(lacking)}" if lacking else f"has {', '.join(unknown)}, unknown to this release"
         raise PgPubSubError(f"The trigger of {given.get('channel')!r} {what}: {given!r}.")
     capture = Capture(
         schema=schema,
