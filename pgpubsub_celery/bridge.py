@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
-from pgpubsub_celery import drift, subscriptions
+from pgpubsub_celery import drift, filters, subscriptions
 from pgpubsub_celery.apps import load_app
 from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.channels import Channel, select_channels
@@ -168,6 +168,7 @@ class Bridge:
         if not self._began:
             self._look_at_triggers(link)
         dispatcher.know(listeners)
+        self._filter(link, listeners)
         self._start(link, listeners)
         self._database_trouble.over()
         self._control.ready()
@@ -190,6 +191,12 @@ class Bridge:
             return
         for what in found:
             logger.warning("%s: run `pgpubsub-bridge install`, or migrate", what)
+
+    def _filter(self, link: Link, listeners: Mapping[int, Listener]) -> None:
+        """Leave to other bridges what does not meet this one's conditions."""
+        conditions = filters.conditions(listeners, self._settings.listener_filter)
+        filters.check(link.claims, link.names, conditions, listeners)
+        self._store = Store(self._settings.schema, conditions)
 
     def _start(self, link: Link, listeners: Mapping[int, Listener]) -> None:
         """Hold or recover what was stored before, and say so; then say that it listens."""

@@ -86,6 +86,9 @@ class Settings:
     """Notifications in one message, at most."""
     task_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Celery task options that every listener starts from."""
+    listener_filter: str | None = None
+    """A condition that stored notifications must meet to be this bridge's: SQL over their columns, for example
+    `context->>'tenant' = 'a'`, or the path (`pkg.module:name`) of a function of a channel that returns one, or None."""
     failed_retention: float | None = None
     """Seconds that failed notifications are kept; None keeps them until they are discarded."""
     drain_timeout: float = 30.0

@@ -6,6 +6,8 @@ subscriptions. Pure text; what a statement is for, and what the caller's transac
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sqlalchemy import text
 
 # In the order of store.Taken's fields.
@@ -33,7 +35,7 @@ WITH quota AS MATERIALIZED (
         SELECT count(*) AS in_flight, min(f.available_at) AS earliest
         FROM (VALUES ('dispatched'), ('running')) AS states (state) CROSS JOIN LATERAL (
             SELECT c.available_at FROM {n} c
-            WHERE c.subscription = q.subscription AND c.state = states.state AND c.available_at >= q.flying_from
+            WHERE c.subscription = q.subscription AND c.state = states.state AND c.available_at >= q.flying_from{filter}
             ORDER BY c.available_at, c.id LIMIT q.most
         ) f
     ) flying
@@ -42,14 +44,14 @@ WITH quota AS MATERIALIZED (
     CROSS JOIN LATERAL (
         SELECT c.id, c.available_at FROM {n} c
         WHERE c.subscription = q.subscription AND c.state = flying.state
-            AND c.available_at >= q.expired_from AND c.available_at <= now()
+            AND c.available_at >= q.expired_from AND c.available_at <= now(){filter}
         ORDER BY c.available_at, c.id LIMIT least(q.most, :batch_size) FOR UPDATE SKIP LOCKED
     ) l LIMIT :batch_size
 ), fresh AS MATERIALIZED (
     SELECT w.id, w.available_at FROM quota q CROSS JOIN LATERAL (
         SELECT c.id, c.available_at FROM {n} c
         WHERE c.subscription = q.subscription AND c.state = 'waiting'
-            AND (c.available_at, c.id) >= (q.waiting_at, q.waiting_id) AND c.available_at <= now()
+            AND (c.available_at, c.id) >= (q.waiting_at, q.waiting_id) AND c.available_at <= now(){filter}
         ORDER BY c.available_at, c.id LIMIT greatest(0, least(q.most - q.in_flight, :batch_size)) FOR UPDATE SKIP LOCKED
     ) w LIMIT greatest(0, :batch_size - (SELECT count(*) FROM lost))
 ), picked AS (
@@ -84,7 +86,7 @@ SELECT extract(epoch FROM min(d.available_at) - clock_timestamp())
 FROM unnest(CAST(:subscriptions AS int[])) AS q (subscription)
 CROSS JOIN (VALUES ('waiting'), ('dispatched'), ('running')) AS live (state)
 CROSS JOIN LATERAL (
-    SELECT c.available_at FROM {n} c WHERE c.subscription = q.subscription AND c.state = live.state
+    SELECT c.available_at FROM {n} c WHERE c.subscription = q.subscription AND c.state = live.state{filter}
     ORDER BY c.available_at, c.id LIMIT 1
 ) d
 """
@@ -106,9 +108,9 @@ UPDATE {n} n SET subscription = orphan.subscription FROM orphan WHERE n.id = orp
 
 # What somebody has asked to have run (`retry`, `--recover`) is not held again, though no bridge has come to it yet.
 HOLD = """
-UPDATE {n} n SET state = 'held'
-WHERE n.subscription = ANY (CAST(:subscriptions AS int[])) AND n.state = 'waiting'
-    AND n.dispatches = 0 AND n.retries = 0 AND n.available_at <= now() AND n.recovered_at IS NULL
+UPDATE {n} c SET state = 'held'
+WHERE c.subscription = ANY (CAST(:subscriptions AS int[])) AND c.state = 'waiting'
+    AND c.dispatches = 0 AND c.retries = 0 AND c.available_at <= now() AND c.recovered_at IS NULL{filter}
 """
 
 # A recovered failed row keeps dispatches above zero, so that it travels alone.
@@ -120,7 +122,7 @@ WHERE n.id = ANY (ARRAY(
     SELECT r.id FROM unnest(CAST(:subscriptions AS int[])) AS q (subscription)
     CROSS JOIN unnest(CAST(:states AS text[])) AS wanted (state) CROSS JOIN LATERAL (
         SELECT c.id FROM {n} c WHERE c.subscription = q.subscription AND c.state = wanted.state
-            AND (c.failed_at IS NULL OR c.failed_at <= coalesce(CAST(:before AS timestamptz), 'infinity'))
+            AND (c.failed_at IS NULL OR c.failed_at <= coalesce(CAST(:before AS timestamptz), 'infinity')){filter}
         ORDER BY c.available_at, c.id LIMIT :batch_size FOR UPDATE SKIP LOCKED
     ) r LIMIT :batch_size
 ))
@@ -320,3 +322,19 @@ GROUP BY t.subscription
 FORGET_RUN_TIMES = """
 DELETE FROM {t} t WHERE t.measured_at < now() - make_interval(secs => :seconds)
 """
+
+
+def filter_condition(filters: Mapping[int, str]) -> str:
+    """Return what a row `c` must meet besides, by its subscription; nothing where there are no filters.
+
+    Each filter sees the row as a table of its own name, so that it may name columns with or without it. What is neither
+    true nor false is not met.
+    """
+    if not filters:
+        return ""
+    cases = "".join(
+        f"\n        WHEN {int(id)} THEN (SELECT coalesce(({condition}), false) "
+        "FROM (SELECT c.*) AS pgpubsub_notification)"
+        for id, condition in sorted(filters.items())
+    )
+    return f"\n    AND CASE c.subscription{cases}\n        ELSE true END"

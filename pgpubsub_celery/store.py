@@ -128,14 +128,16 @@ class Measured:
 class Store:
     """The statements for one schema. Stateless; may be shared by threads and processes."""
 
-    def __init__(self, schema: str) -> None:
+    def __init__(self, schema: str, filters: Mapping[int, str] | None = None) -> None:
+        """`filters`: by subscription, conditions that its notifications must meet to be this bridge's (`filters`)."""
         self.names = Names(schema)
         n, s = self.names.notification, self.names.subscription
-        self._claim = _sql(sql.CLAIM, n=n)
+        mine = sql.filter_condition(filters or {})
+        self._claim = _sql(sql.CLAIM, n=n, filter=mine)
         self._adopt = _sql(sql.ADOPT, n=n, s=s)
-        self._next_due = _sql(sql.NEXT_DUE, n=n)
-        self._hold = _sql(sql.HOLD, n=n)
-        self._recover = _sql(sql.RECOVER, n=n)
+        self._next_due = _sql(sql.NEXT_DUE, n=n, filter=mine)
+        self._hold = _sql(sql.HOLD, n=n, filter=mine)
+        self._recover = _sql(sql.RECOVER, n=n, filter=mine)
         self._prune_failed = _sql(sql.PRUNE_FAILED, n=n)
         self._dispatched = _sql(sql.DISPATCHED, n=n)
         self._unpublished = _sql(sql.UNPUBLISHED, n=n, given_back=sql.GIVEN_BACK)

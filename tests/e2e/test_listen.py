@@ -613,3 +613,26 @@ def test_nothing_of_the_environment_is_needed_but_the_urls(shop: Shop) -> None:
     ):
         assert option in told
     assert Path(os.environ.get("HOME", "/")).exists()
+
+
+# Filters
+
+
+def test_bridges_of_several_tenants_take_each_its_own(shop: Shop, database: Engine) -> None:
+    """PGPUBSUB_LISTENER_FILTER: what is another's waits for that, and is not held by who would not take it."""
+
+    def order(number: int, tenant: str) -> None:
+        with Session(database) as session, session.begin():
+            notify(session, app.Order(number=number), context={"tenant": tenant})
+
+    order(1, "b")
+    shop.worker()
+    first = shop.bridge("--worker", PGPUBSUB_LISTENER_FILTER="context->>'tenant' = 'a'")
+    order(2, "a")
+    eventually(lambda: effects(database) == {("order", 2): 1}, "a's is done")
+    assert states(database) == {"waiting": 1}
+    shop.bridge("--worker", "--recover", PGPUBSUB_LISTENER_FILTER="context->>'tenant' = 'b'")
+    order(3, "b")
+    order(4, "a")
+    all_done(database, {("order", n): 1 for n in (1, 2, 3, 4)})
+    assert "held" not in first.log()
