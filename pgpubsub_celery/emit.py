@@ -38,6 +38,7 @@ from pgpubsub_celery.scopes import (
 )
 from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.signatures import Prepared, load_signature, publish_signature
+from pgpubsub_celery.tracing import with_trace
 
 __all__ = [
     "ENQUEUE_LISTENER",
@@ -385,8 +386,11 @@ def _due(
     return None, float(seconds)
 
 
-def _plain(context: Mapping[str, Any] | None) -> Any:
-    return dict(context) if isinstance(context, Mapping) else context
+def _plain(context: Any) -> Any:
+    if context is not None and not isinstance(context, Mapping):
+        return context  # refused by whoever encodes it
+    traced = with_trace(context)
+    return None if traced is None else dict(traced)
 
 
 _schemas: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 from pgpubsub_celery.errors import ListenerError
 from pgpubsub_celery.listeners import Listener
 from pgpubsub_celery.store import Taken
+from pgpubsub_celery.tracing import continued
 
 if TYPE_CHECKING:
     from pgpubsub_celery.tasks import ListenerTask
@@ -160,7 +161,8 @@ class Run:
         try:
             if self.undecodable is not None:
                 raise self.undecodable
-            result = self._invoke(call, kwargs)
+            with continued(self.taken.context):
+                result = self._invoke(call, kwargs)
         except Retry as exc:
             self._note(RETRY, exc)
             raise

@@ -23,6 +23,7 @@ from pgpubsub_celery.binds import connection_of, run_in, session_or_connection
 from pgpubsub_celery.channels import Channel, TriggerChannel, find_channel
 from pgpubsub_celery.errors import BindError, ChannelError, PayloadError
 from pgpubsub_celery.schema import quote_literal
+from pgpubsub_celery.tracing import with_trace
 
 DEEPEST = 200
 """Levels of lists and dicts that are looked into, to say where something is that JSON does not have."""
@@ -43,7 +44,8 @@ def set_notification_context(
 ) -> None:
     """Say who or what makes the changes: every notification of the transaction carries `context`.
 
-    What `notify(context=…)` gives is merged over it. Setting it again replaces it; `{}` removes it.
+    What `notify(context=…)` gives is merged over it. Setting it again replaces it; `{}` removes it. Where the process
+    uses OpenTelemetry, a transaction's context carries its trace along, to the changes of tables too.
 
     Args:
         bind: a Session, scoped_session or Connection.
@@ -73,6 +75,7 @@ def set_notification_context(
             return  # the next transaction begins with it
         effective = given
     elif scope == "transaction":
+        given = dict(with_trace(given) or {}) if given else given
         effective = {**(owner.info.get(_SESSION_CONTEXT, {}) if isinstance(owner, Session) else {}), **given}
     else:
         raise BindError(f"{caller}(scope={scope!r}): expected 'transaction' or 'session'.")
