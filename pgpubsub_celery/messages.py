@@ -39,9 +39,13 @@ class Envelope:
     """The dispatch that published this message; rows dispatched again since are another message's."""
     ids: tuple[int, ...] = ()
     retries: tuple[int, ...] = ()
-    """How often each of the ids had been retried."""
+    """How often each of the ids had been retried; never, where it is left out."""
     carried: tuple[Mapping[str, Any], ...] = ()
     """For messages without rows: operation, payload, context, created_at, db_version of each."""
+
+    def __post_init__(self) -> None:
+        if not self.retries:
+            object.__setattr__(self, "retries", (0,) * len(self.ids))
 
     def to_kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments of the task message; JSON-compatible."""
