@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -25,7 +26,7 @@ from sqlalchemy import create_engine
 from pgpubsub_celery import install
 from pgpubsub_celery.embedded import EmbeddedPostgres, EmbeddedValkey
 from pgpubsub_celery.settings import sync_url
-from pgpubsub_celery.supervisor import EXIT_DRAIN_TIMEOUT
+from pgpubsub_celery.supervisor import EXIT_DRAIN_TIMEOUT, EXIT_FAILED
 from tests.chaos import app
 from tests.chaos.faults import WORKER, Killer
 from tests.chaos.proxy import FaultProxy
@@ -112,10 +113,17 @@ class Unit:
                 return
             # Asked to end while it starts, it just ends; it may have been asked and been killed, too; and what cannot
             # finish its batch in time says so.
-            if code not in (0, -signal.SIGKILL, -signal.SIGTERM, EXIT_DRAIN_TIMEOUT):
+            excused = code == EXIT_FAILED and self._lost_a_child_while_stopping()
+            if code not in (0, -signal.SIGKILL, -signal.SIGTERM, EXIT_DRAIN_TIMEOUT) and not excused:
                 self.endings.append(f"{self.name} ended with {code} after {time.monotonic() - self._started_at:.1f} s")
             self._chaos.say(f"{self.name} ended with {code}: starting it again")
             self._start()
+
+    def _lost_a_child_while_stopping(self) -> bool:
+        """Whether it was asked to end, and one of its own was killed before it could: that is to show in its code."""
+        assert self.running is not None
+        _, asked, since = self.running.log().rpartition("stopping: SIGTERM")
+        return bool(asked) and re.search(r"ended pid \d+ \(process \d+\): SIGKILL", since) is not None
 
     def _insist(self) -> None:
         """As whoever asks processes to end does in the end."""
