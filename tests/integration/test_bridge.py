@@ -22,6 +22,7 @@ from pgpubsub_celery.store import Store
 from pgpubsub_celery.supervisor import Control
 from pgpubsub_celery.wakeups import Link, bridge_engine
 from tests.fixtures.notifications import Notifications
+from tests.fixtures.processes import eventually
 
 BATCH = 5
 
@@ -126,7 +127,7 @@ def test_without_a_broker_a_bridge_is_keeper_of_nothing(
         other.listen([looking.listeners[subscription].channel.listen_safe_name()])
         assert other.keep(["looking.Seen"]) == set()
         _Watch(looking.bridge, looking.link, looking.dispatcher, looking.listeners).run()
-        assert other.rung(), "the other bridge was told to look"
+        eventually(other.rung, "the other bridge was told to look", within=10)
         assert other.keep(["looking.Seen"]) == {"looking.Seen"}
         assert other.close_doors()
 
