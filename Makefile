@@ -9,12 +9,13 @@ ARGS ?=
 BIN := $(VENV)/bin
 # Touched last: an interrupted installation is done again, a finished one costs nothing and needs no network.
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format chaos clean
+.PHONY: help demo test lint format chaos bench bench-check clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## Show notifications become finished tasks: Postgres, Valkey, bridge and worker as real processes
 	$(BIN)/pgpubsub-bridge demo --once
@@ -40,6 +41,12 @@ chaos: export CHAOS_PAUSE ?= 2
 chaos: $(STAMP) ## Kill and cut at random: CHAOS_NOTIFICATIONS, CHAOS_FAULTS, CHAOS_PAUSE, CHAOS_SEED say how much
 	$(BIN)/python -m pytest -q tests/chaos $(ARGS)
 
+bench: $(BENCH_STAMP) ## Measure beside peers, and write docs/benchmarks.md: about 20 minutes, on a quiet machine
+	$(BIN)/python -m bench $(ARGS)
+
+bench-check: $(BENCH_STAMP) ## Measure a little, and say which ratios got worse than the stored ones
+	$(BIN)/python -m bench --check $(ARGS)
+
 clean: ## Remove caches and build products; the virtual environment stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find pgpubsub_celery tests -name __pycache__ -prune -exec rm -rf {} +
@@ -49,4 +56,9 @@ $(STAMP): pyproject.toml
 		|| { echo "$(PYTHON) is older than Python 3.10: make PYTHON=python3.13 $(MAKECMDGOALS)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+# The peers, and what draws: nobody else needs them.
+$(BENCH_STAMP): $(STAMP) pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
 	@touch $@

@@ -1,0 +1,54 @@
+"""pgpubsub_celery: a bridge, and a Celery worker."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from bench.ground import Stage
+from bench.systems import WORKER, System
+
+CHANNELS = {
+    "rows": "ItemRows",
+    "keys": "ItemKeys",
+    "owned": "ItemOwned",
+    "drained": "ItemDrained",
+    "work": "Work",
+    "sent": "Sent",
+}
+
+
+def bridge(variant: str, *options: str) -> list[str]:
+    """Return the command of a bridge for one channel."""
+    channel = f"bench.applications.ours.{CHANNELS[variant]}"
+    return ["pgpubsub_celery.cli", "-A", "bench.applications.ours", "listen", "--channels", channel, *options]
+
+
+def _unfinished(stage: Stage) -> bool:
+    if stage.exists("pgpubsub_notification", "state = 'failed'"):
+        raise AssertionError(stage.scalar("SELECT error FROM pgpubsub_notification WHERE state = 'failed'"))
+    return stage.exists("pgpubsub_notification")
+
+
+def variant(name: str) -> System:
+    """Return the system for one of the application's channels."""
+    return dataclasses.replace(
+        SYSTEM,
+        consumers=[
+            bridge(name, "--recover", "--loglevel=warning"),
+            ["celery", "-A", "bench.applications.ours", *WORKER],
+        ],
+        environment={"BENCH_VARIANT": name},
+    )
+
+
+SYSTEM = System(
+    name="pgpubsub_celery",
+    application="ours",
+    consumers=[],
+    unfinished=_unfinished,
+    settings={
+        "bridge": "`listen --recover`, all settings at their defaults",
+        "worker": "prefork, 2 processes",
+        "listener": "with `session`, `bundle` automatic, unless said otherwise",
+    },
+)
