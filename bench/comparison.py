@@ -66,7 +66,7 @@ def _verdict(ratio: Ratio, stored: float, outcome: Outcome) -> Verdict:
     value = ratio.of(outcome)
     if value is None:
         reasons = [
-            f"{one.system}: {one.why.splitlines()[0]}" for one in outcome.failures if one.scenario == ratio.scenario
+            f"{one.what}: {one.why.splitlines()[0]}" for one in outcome.failures if one.scenario == ratio.scenario
         ]
         why = "; ".join(reasons) or "a figure is missing"
         return Verdict(ratio=ratio, stored=stored, measured=None, worse=True, why=why)

@@ -13,7 +13,7 @@ from bench.results import Outcome, Result, formatted
 from bench.scenarios import OURS
 from bench.scenarios.backlog import claim_of
 from bench.scenarios.bulk import MEASURE as BULK
-from bench.scenarios.drain import INSERT, NOTHING
+from bench.scenarios.drain import INSERT, NOTHING, PGQUEUERS, pgqueuer_of
 from bench.scenarios.latency import measure_of as latency
 from bench.scenarios.publish import APPLY_ASYNC
 from bench.scenarios.publish import MEASURE as PUBLISH
@@ -107,9 +107,10 @@ class Ratio:
 
 
 _LARGE, _QUICK_LARGE, _SMALL = 5_000_000, 300_000, 1_000
-_PGQUEUERS = [
-    (NOTHING, f"pgqueuer, {setting}") for setting in ("batch 500", "batch 500, 2 processes", "batch 1000, 2 processes")
-]
+_PGQUEUERS = {
+    several: [(NOTHING, pgqueuer_of(*setting)) for setting in PGQUEUERS if (setting[1] > 1) == several]
+    for several in (False, True)
+}
 
 RATIOS: tuple[Ratio, ...] = (
     Ratio(
@@ -161,10 +162,18 @@ RATIOS: tuple[Ratio, ...] = (
         before="1×",
     ),
     Ratio(
-        name="backlog to finished, no-op listener with session, against pgqueuer's best setting",
+        name="backlog to finished, no-op listener with session, against pgqueuer's best setting, one worker each",
         scenario="drain",
         figure=(NOTHING, OURS),
-        against=_PGQUEUERS,
+        against=_PGQUEUERS[False],
+        at_least=2.5,
+        before="1×",
+    ),
+    Ratio(
+        name="the same against two processes of pgqueuer",
+        scenario="drain",
+        figure=(NOTHING, OURS),
+        against=_PGQUEUERS[True],
         at_least=2.5,
         before="1×",
     ),

@@ -52,7 +52,7 @@ def text(outcome: Outcome, drawn: Sequence[tuple[str, Path]] = ()) -> str:
         found = [_table(outcome.of(name))] if outcome.of(name) else []
         found += [f"![{TITLES[name]}](benchmarks/{path.name})" for scenario, path in drawn if scenario == name]
         missing = [
-            f"- not measured: {one.system}: {_cell(one.why.splitlines()[0])}"
+            f"- not measured: {one.what}: {_cell(one.why.splitlines()[0])}"
             for one in outcome.failures
             if one.scenario == name
         ]

@@ -52,6 +52,18 @@ class Failure:
     scenario: str
     system: str
     why: str
+    measure: str = ""
+    """How the names of its measures begin; nothing for all of the system's in the scenario."""
+
+    def explains(self, result: Result) -> bool:
+        """Whether such a figure is one that there is not."""
+        same = (self.scenario, self.system) == (result.scenario, result.system)
+        return same and result.measure.startswith(self.measure)
+
+    @property
+    def what(self) -> str:
+        """What failed, for a reader."""
+        return f"{self.system}, {self.measure}" if self.measure else self.system
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,12 +101,20 @@ class Outcome:
     def merge(self, newer: Outcome) -> Outcome:
         """Return this with what is newer put in place of what it measured again."""
         measured = {one.key for one in newer.results}
-        tried = {(one.scenario, one.system) for one in newer.results}
-        tried |= {(one.scenario, one.system) for one in newer.failures}
+
+        def failed(one: Result) -> bool:
+            # An old figure would hide that there is no new one.
+            return any(failure.explains(one) for failure in newer.failures)
+
+        def overcome(failure: Failure) -> bool:
+            again = {(one.scenario, one.system, one.measure) for one in newer.failures}
+            key = (failure.scenario, failure.system, failure.measure)
+            return key in again or any(failure.explains(one) for one in newer.results)
+
         drawn = {(one.scenario, one.name) for one in newer.series}
         return Outcome(
-            results=[*(one for one in self.results if one.key not in measured), *newer.results],
-            failures=[*(one for one in self.failures if (one.scenario, one.system) not in tried), *newer.failures],
+            results=[*(one for one in self.results if one.key not in measured and not failed(one)), *newer.results],
+            failures=[*(one for one in self.failures if not overcome(one)), *newer.failures],
             series=[*(one for one in self.series if (one.scenario, one.name) not in drawn), *newer.series],
             machine=newer.machine or self.machine,
             scales={**self.scales, **newer.scales},

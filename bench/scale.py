@@ -19,6 +19,8 @@ class Scale:
     writers: tuple[int, ...] = (1, 8)
     backlog: int = 40_000
     """For systems that drain thousands in a second."""
+    insert_backlog: int = 20_000
+    """The same, of tasks that insert a row."""
     small_backlog: int = 3_000
     """For those that drain hundreds."""
     rates: tuple[int, ...] = (20, 500)
@@ -43,6 +45,7 @@ QUICK = Scale(
     writer_seconds=1.5,
     writers=(8,),
     backlog=15_000,
+    insert_backlog=4_000,
     small_backlog=1_000,
     rates=(20,),
     latency_seconds=3.0,
@@ -61,6 +64,7 @@ TINY = Scale(
     writer_seconds=0.5,
     writers=(1, 2),
     backlog=1_000,
+    insert_backlog=500,
     small_backlog=200,
     rates=(20, 100),
     latency_seconds=1.0,

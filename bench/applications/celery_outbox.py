@@ -21,6 +21,8 @@ from bench.applications.shop.models import Effect, create_item  # noqa: E402
 
 app = OutboxCelery("bench", broker=BROKER)
 app.conf.update(task_ignore_result=True, broker_connection_retry_on_startup=True)
+# Celery closes Django's connections after each task otherwise, persistent or not.
+app.conf.update(CELERY_DB_REUSE_MAX=100_000)
 
 
 @app.task

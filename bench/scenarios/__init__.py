@@ -43,10 +43,10 @@ class Recorder:
         self.outcome = Outcome()
 
     def add(self, measure: str, system: str, unit: str, runs: list[float], note: str = "") -> None:
-        """Keep a figure."""
-        if not runs:
-            return
+        """Keep a figure; one of which a run has failed is none."""
         result = Result(scenario=self.scenario, measure=measure, system=system, unit=unit, runs=tuple(runs), note=note)
+        if not runs or any(failure.explains(result) for failure in self.outcome.failures):
+            return
         self.outcome.results.append(result)
         low, high = result.spread
         say(
@@ -54,12 +54,17 @@ class Recorder:
             f"({formatted(low)}–{formatted(high)})"
         )
 
+    def failed(self, system: str) -> bool:
+        """Whether a system has failed in this scenario before."""
+        return any(failure.system == system for failure in self.outcome.failures)
+
     @contextlib.contextmanager
-    def measuring(self, system: str) -> Iterator[None]:
+    def measuring(self, system: str, measure: str = "") -> Iterator[None]:
         """Turn whatever goes wrong into a failure with its reason; the figures added before stay."""
         try:
             yield
         except Exception as exc:  # noqa: BLE001 - a peer may fail in its own ways: it has no figure, and this is why
-            why = f"{type(exc).__name__}: {exc}"
-            say(f"{self.scenario}: {system} FAILED: {why[:2000]}")
-            self.outcome.failures.append(Failure(scenario=self.scenario, system=system, why=why[:2000]))
+            why = f"{type(exc).__name__}: {exc}"[:2000]
+            failure = Failure(scenario=self.scenario, system=system, measure=measure, why=why)
+            say(f"{self.scenario}: {failure.what} FAILED: {why}")
+            self.outcome.failures.append(failure)

@@ -17,7 +17,7 @@ from bench.processes import MeasurementError
 from bench.results import Outcome
 from bench.scale import Scale
 from bench.scenarios import OURS, Recorder
-from bench.scenarios.drain import LIMIT
+from bench.scenarios.drain import LIMIT, pgqueuer_of
 from bench.systems import System, ours, pgqueuer
 from pgpubsub_celery.settings import Settings, sync_url
 from pgpubsub_celery.store import Quota, Store
@@ -52,12 +52,12 @@ def run(ground: Ground, scale: Scale, peers: Collection[str]) -> Outcome:
     """Claim from each backlog; drain those that a system drains in reasonable time."""
     record = Recorder("backlog")
     for waiting in scale.waiting:
-        with record.measuring(f"{OURS}, {waiting:,} waiting"):
+        with record.measuring(OURS, claim_of(waiting)):
             _claims(ground, scale, record, waiting)
     for waiting in scale.drained:
         _drain(ground, scale, record, OURS, ours.variant("work"), waiting)
         if "pgqueuer" in peers:
-            _drain(ground, scale, record, "pgqueuer, batch 500", pgqueuer.batched(500), waiting)
+            _drain(ground, scale, record, pgqueuer_of(500, 1), pgqueuer.batched(500), waiting)
     return record.outcome
 
 
@@ -99,7 +99,7 @@ def _claim(store: Store, connection: Connection, settings: Settings, subscriptio
 
 
 def _drain(ground: Ground, scale: Scale, record: Recorder, title: str, contestant: System, waiting: int) -> None:
-    with record.measuring(f"{title}, {waiting:,} to drain"), contestant.staged(ground) as staged:
+    with record.measuring(title, drain_of(waiting)), contestant.staged(ground) as staged:
         staged.drain(2_000, within=LIMIT)
         rates = [waiting / staged.drain(waiting, within=LIMIT) for _ in range(scale.repeats)]
         record.add(drain_of(waiting), title, "tasks/s", rates)

@@ -42,7 +42,7 @@ def run(ground: Ground, scale: Scale, peers: Collection[str]) -> Outcome:
         wal: dict[str, list[float]] = {title: [] for title in staged}
         for round_number in range(max(repeats for _, _, repeats in contestants)):
             for title, _, repeats in contestants:
-                if title in staged and round_number < repeats:
+                if title in staged and round_number < repeats and not record.failed(title):
                     with record.measuring(title):
                         before = ground.scalar("SELECT pg_current_wal_insert_lsn()")
                         seconds[title].append(staged[title].application.call("bulk", scale.bulk_rows))

@@ -20,49 +20,41 @@ NOTHING = "no-op"
 INSERT = "one insert"
 LIMIT = 150.0
 
+PGQUEUERS = ((100, 1), (500, 1), (500, 2), (1000, 1))
+"""Batch sizes and processes: which is its best setting depends on the machine."""
+
+
+def pgqueuer_of(batch_size: int, processes: int) -> str:
+    """Return what PgQueuer in one of its settings is called."""
+    return f"pgqueuer, batch {batch_size}" + (f", {processes} processes" if processes > 1 else "")
+
+
 _KINDS = {NOTHING: "nothing", INSERT: "insert"}
 
 
 def run(ground: Ground, scale: Scale, peers: Collection[str]) -> Outcome:
     """Measure everybody; sizes differ, because rates do."""
     record = Recorder("drain")
-    for measure in (NOTHING, INSERT):
-        _drain(ground, scale, record, measure, OURS, ours.variant("work"), scale.backlog)
+    for measure, large in ((NOTHING, scale.backlog), (INSERT, scale.insert_backlog)):
+        _drain(ground, scale, record, measure, OURS, ours.variant("work"), large)
         if "pgqueuer" in peers:
-            for title, contestant in _pgqueuers(scale):
-                _drain(ground, scale, record, measure, title, contestant, scale.backlog // 2)
+            for setting, processes in PGQUEUERS if scale.name == "full" else PGQUEUERS[1:3]:
+                contestant = pgqueuer.batched(setting, processes)
+                _drain(ground, scale, record, measure, pgqueuer_of(setting, processes), contestant, large // 2)
         for name in ("plain_celery", "on_commit", "celery_outbox", "procrastinate"):
             if name in peers:
                 _drain(ground, scale, record, measure, system(name).name, system(name), scale.small_backlog)
         if "django_pgpubsub" in peers:
-            _drain(
-                ground,
-                scale,
-                record,
-                measure,
-                f"{system('django_pgpubsub').name}, live",
-                system("django_pgpubsub"),
-                scale.small_backlog // 3,
-            )
+            peer = system("django_pgpubsub")
+            _drain(ground, scale, record, measure, f"{peer.name}, live", peer, scale.small_backlog // 3)
             _recover(ground, scale, record, measure)
     return record.outcome
-
-
-def _pgqueuers(scale: Scale) -> list[tuple[str, System]]:
-    """Which of its settings is the best depends on the machine."""
-    found = [
-        ("pgqueuer, batch 500", pgqueuer.batched(500)),
-        ("pgqueuer, batch 500, 2 processes", pgqueuer.batched(500, 2)),
-    ]
-    if scale.name == "full":
-        found.append(("pgqueuer, batch 1000, 2 processes", pgqueuer.batched(1000, 2)))
-    return found
 
 
 def _drain(
     ground: Ground, scale: Scale, record: Recorder, measure: str, title: str, contestant: System, count: int
 ) -> None:
-    with record.measuring(f"{title}, {measure}"), contestant.staged(ground, kind=_KINDS[measure]) as staged:
+    with record.measuring(title, measure), contestant.staged(ground, kind=_KINDS[measure]) as staged:
         rates = []
         # The first only starts what has to be started.
         for size in (max(100, count // 10), *[count] * scale.repeats):
@@ -76,7 +68,7 @@ def _recover(ground: Ground, scale: Scale, record: Recorder, measure: str) -> No
     """What django-pgpubsub had stored while nobody listened goes another, quicker way."""
     contestant, count = system("django_pgpubsub"), scale.small_backlog
     title = f"{contestant.name}, recovery"
-    with record.measuring(f"{title}, {measure}"):
+    with record.measuring(title, measure):
         rates = []
         for _ in range(scale.repeats):
             with contestant.staged(ground, kind=_KINDS[measure], consumers=False) as staged:

@@ -41,16 +41,21 @@ def run(ground: Ground, scale: Scale, peers: Collection[str]) -> Outcome:
 def _measure(ground: Ground, scale: Scale, record: Recorder, title: str, contestant: System) -> None:
     with contestant.staged(ground, kind="start") as staged:
         for rate in scale.rates:
-            found: dict[int, list[float]] = {percent: [] for percent in PERCENTS}
-            staged.application.call("paced", rate, 0.5, 0)
-            staged.wait_until_finished()
-            for _ in range(scale.repeats):
-                latencies = _latencies(staged, rate, scale)
-                for percent in PERCENTS:
-                    found[percent].append(1000 * percentile(latencies, percent))
-            count = int(rate * scale.latency_seconds)
-            for percent in PERCENTS:
-                record.add(measure_of(rate, percent), title, "ms", found[percent], f"{count:,} transactions")
+            with record.measuring(title, f"{rate}/s"):
+                _at(staged, scale, record, title, rate)
+
+
+def _at(staged: Staged, scale: Scale, record: Recorder, title: str, rate: int) -> None:
+    found: dict[int, list[float]] = {percent: [] for percent in PERCENTS}
+    staged.application.call("paced", rate, 0.5, 0)
+    staged.wait_until_finished()
+    for _ in range(scale.repeats):
+        latencies = _latencies(staged, rate, scale)
+        for percent in PERCENTS:
+            found[percent].append(1000 * percentile(latencies, percent))
+    count = int(rate * scale.latency_seconds)
+    for percent in PERCENTS:
+        record.add(measure_of(rate, percent), title, "ms", found[percent], f"{count:,} transactions")
 
 
 def _latencies(staged: Staged, rate: int, scale: Scale) -> list[float]:

@@ -125,7 +125,7 @@ def _triggers(ground: Ground, scale: Scale, peers: Collection[str], record: Reco
             left: dict[str, list[float]] = {title: [] for title in staged}
             for _ in range(scale.repeats):
                 for one in contestants:
-                    if one.title in staged:
+                    if one.title in staged and not record.failed(one.title):
                         with record.measuring(one.title):
                             rate, share = _write(staged[one.title], one, writers, scale.writer_seconds)
                             rates[one.title].append(rate)
