@@ -15,7 +15,7 @@ import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from bench import comparison, machine, results, scenarios
@@ -30,7 +30,12 @@ RESULTS = FOLDER / "results.json"
 BASELINE = FOLDER / "baseline.json"
 
 EXIT_WORSE = 1
-GUARD_PEERS = ("plain_celery", "pgqueuer")
+GUARD_PEERS: Mapping[str, Collection[str]] = {
+    "publish": ["plain_celery"],
+    "drain": ["plain_celery", "pgqueuer"],
+    "latency": ["plain_celery"],
+}
+"""For each scenario those that a ratio is against: the guard needs no others."""
 CHECK_SECONDS = 170.0
 """A check's time; what got worse is measured once more if that is likely to fit."""
 
@@ -38,9 +43,9 @@ CHECK_SECONDS = 170.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; return the exit code."""
     options = _parser().parse_args(arguments)
-    quick = options.quick or options.check
-    # The guard needs only those that a ratio is against.
-    peers = options.peer or (GUARD_PEERS if quick else PEERS[1:])
+    peers = dict.fromkeys(scenarios.NAMES, options.peer or PEERS[1:])
+    if (options.quick or options.check) and not options.peer:
+        peers = {name: GUARD_PEERS.get(name, ()) for name in scenarios.NAMES}
     if options.report:
         return _report(results.read(options.output))
     if options.check:
@@ -59,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(scale: Scale, names: Collection[str], peers: Collection[str]) -> Outcome:
+def measure(scale: Scale, names: Collection[str], peers: Mapping[str, Collection[str]]) -> Outcome:
     """Run scenarios on one pair of servers."""
     outcome = Outcome()
     with contextlib.ExitStack() as stack:
@@ -69,14 +74,14 @@ def measure(scale: Scale, names: Collection[str], peers: Collection[str]) -> Out
         for name in scenarios.NAMES:
             if name in names:
                 begin = time.monotonic()
-                outcome = outcome.merge(scenarios.scenario(name)(ground, scale, peers))
+                outcome = outcome.merge(scenarios.scenario(name)(ground, scale, peers[name]))
                 outcome.scales[name] = scale.name
                 outcome.seconds[name] = round(time.monotonic() - begin, 1)
                 scenarios.say(f"{name} took {outcome.seconds[name]:.0f} s")
     return outcome
 
 
-def _check(peers: Collection[str], names: Collection[str]) -> int:
+def _check(peers: Mapping[str, Collection[str]], names: Collection[str]) -> int:
     begin = time.monotonic()
     baseline = comparison.load(BASELINE)
     # Only what a stored ratio needs.

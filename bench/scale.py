@@ -15,7 +15,7 @@ class Scale:
     bulk_rows: int = 10_000
     bulk_repeats: int = 9
     """Of what takes less than a second."""
-    writer_seconds: float = 3.0
+    writer_seconds: float = 2.0
     writers: tuple[int, ...] = (1, 8)
     backlog: int = 40_000
     """For systems that drain thousands in a second."""

@@ -92,7 +92,7 @@ def _contestants(scale: Scale, peers: Collection[str]) -> list[_Trigger]:
     drained = dataclasses.replace(ours.variant("drained"), consumers=[])
     bridge = ours.bridge("drained")
     # One that nobody rings has to look by itself.
-    looking = [*bridge, "--poll-interval", "0.02"]
+    looking = [*bridge, "--poll-interval", "0.1"]
     found = [
         _Trigger(title=STORES_DRAINED, system=drained, ddl=SILENT, bridge=looking),
         _Trigger(title=NOTIFIES_DRAINED, system=drained, ddl=ALWAYS, bridge=bridge),
