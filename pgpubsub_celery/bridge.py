@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
-from pgpubsub_celery import drift, filters, subscriptions
+from pgpubsub_celery import announcements, drift, filters, signals, subscriptions
 from pgpubsub_celery.apps import load_app
 from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.channels import Channel, select_channels
@@ -124,13 +124,14 @@ class Bridge:
         self._unstored = [channel for channel in channels if not channel.lock_notifications]
         self._store = Store(settings.schema)
         self._broker = Broker(app, timeout=settings.publish_timeout)
-        self._database_trouble = _Trouble("database")
-        self._broker_trouble = _Trouble("broker")
+        self._database_trouble = _Trouble("database", control.index)
+        self._broker_trouble = _Trouble("broker", control.index)
         # A process that follows one which has listened must hold nothing back: the boundary was that one's start.
         self._began = control.replacement
         self._paces: dict[int, Pace] = {}
         self._bounds: Mapping[int, Bound] = {}
         self._turn = 0
+        self._connected = False
         self._measure_at = float("-inf")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pgpubsub-publish")
         self._batch: Batch | None = None
@@ -154,6 +155,7 @@ class Bridge:
                     self._database_trouble.met(exc, self._control)
                 finally:
                     self._forget()
+            signals.bridge_stopped.send(self._control.index)
         finally:
             self._thread.shutdown()
             self._broker.close()
@@ -172,6 +174,8 @@ class Bridge:
         self._start(link, listeners)
         self._database_trouble.over()
         self._control.ready()
+        signals.bridge_connected.send(self._control.index, again=self._connected)
+        self._connected = True
         _Watch(self, link, dispatcher, listeners).run()
 
     def _subscribe(self, link: Link) -> dict[int, Listener]:
@@ -232,6 +236,7 @@ class Bridge:
             if not batch:
                 break
         logger.info("recovered %d stored notification(s)", recovered)
+        announcements.recovered(None, (), recovered)
 
     # One claim
 
@@ -243,10 +248,20 @@ class Bridge:
         claim = self._store.claim(link.claims, quotas, batch_size=batch_size, max_starts=self._settings.max_starts)
         self._bounds = claim.bounds
         now = time.monotonic()
+        announcements.claimed(listeners, claim.rows, link.claims)
+        announcements.given_up(listeners, claim.given_up)
         if claim.failed:
-            logger.error("failed %d notification(s): started and never finished, each time", claim.failed)
+            logger.error(
+                "failed %d notification(s): started and never finished, each time",
+                claim.failed,
+                extra={"notification_ids": [row.id for row in claim.given_up]},
+            )
         if claim.lost:
-            logger.warning("publishing %d notification(s) again: their lease ran out or their run was lost", claim.lost)
+            logger.warning(
+                "publishing %d notification(s) again: their lease ran out or their run was lost",
+                claim.lost,
+                extra={"notification_ids": [row.id for row in claim.rows if row.was_lost]},
+            )
         claimed: dict[int, int] = {}
         for row in claim.rows:
             if not row.was_lost:  # those are counted in flight already
@@ -274,7 +289,14 @@ class Bridge:
         outage, self._outage = self._outage, None
         if outage is None:
             self._broker_trouble.over()
-        return _Looked(claimed=len(claim.rows), full=full, limited=limited, soon=soon, outage=outage)
+        return _Looked(
+            claimed=len(claim.rows),
+            full=full,
+            limited=limited,
+            soon=soon,
+            outage=outage,
+            in_flight=claim.in_flight,
+        )
 
     def finish(self, link: Link, dispatcher: Dispatcher) -> None:
         """Settle the batch that is being published, if any. The next look tells whether the broker took it."""
@@ -342,7 +364,8 @@ class Bridge:
         self._store.adopt(link.claims, list(listeners))
         self._store.forget_run_times(link.claims)
         if self._settings.failed_retention is not None:
-            self._store.prune_failed(link.claims, list(listeners), self._settings.failed_retention)
+            pruned = self._store.prune_failed(link.claims, list(listeners), self._settings.failed_retention)
+            announcements.discarded(None, (), pruned)
 
     def next_due(self, link: Link, listeners: Mapping[int, Listener]) -> float | None:
         """Return the seconds until something is due, or None."""
@@ -370,7 +393,12 @@ class Bridge:
         """Publish a message that is not stored: at most once, to every listening process's listeners."""
         error = dispatcher.dispatch_unstored(message, self._unstored)
         if error is not None:
-            logger.warning("a message of the unstored channel %s is lost: %s", message.get("channel"), one_line(error))
+            logger.warning(
+                "a message of the unstored channel %s is lost: %s",
+                message.get("channel"),
+                one_line(error),
+                extra={"channel": message.get("channel")},
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -384,6 +412,8 @@ class _Looked:
     soon: float
     """Seconds in which a quarter of a quota that was used up should be free again."""
     outage: BaseException | None
+    in_flight: Mapping[int, int]
+    """Before it, by subscription."""
 
 
 class _Watch:
@@ -414,6 +444,8 @@ class _Watch:
                 continue
             self._sweep_if_due()
             looked = bridge.claim_and_dispatch(self._link, self._dispatcher, self._listeners)
+            if signals.bridge_looked.receivers:
+                signals.bridge_looked.send(bridge.control.index, claimed=looked.claimed, in_flight=looked.in_flight)
             if looked.outage is not None:
                 # Another bridge's broker connection may work: it is to keep the doors, and to look at once.
                 self._link.resign()
@@ -475,6 +507,7 @@ class _Watch:
                     self._bridge.publish_unstored(self._dispatcher, message)
             else:
                 self._rings.append(time.monotonic())
+                signals.bridge_woken.send(self._bridge.control.index, reason="doorbell", count=1)
         del self._rings[: -2 * RINGS_UNDER_LOAD]
 
     def _under_load(self) -> bool:
@@ -485,14 +518,16 @@ class _Watch:
         now = time.monotonic()
         if now >= self._sweep_at:
             self._sweep_at = now + self._bridge.settings.poll_interval
+            signals.bridge_woken.send(self._bridge.control.index, reason="sweep", count=1)
             self._bridge.sweep(self._link, self._listeners)
 
 
 class _Trouble:
     """An outage: said once, backed off from, said to be over once."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, index: int) -> None:
         self._what = what
+        self._index = index
         self._backoff = Backoff()
         self.since: float | None = None
 
@@ -501,12 +536,16 @@ class _Trouble:
         if self.since is None:
             self.since = time.monotonic()
             logger.error("%s unavailable, trying again until it is back: %s", self._what, one_line(error))
-        control.stopping.wait(self._backoff.next())
+        seconds = self._backoff.next()
+        signals.bridge_interrupted.send(self._index, what=self._what, error=one_line(error), seconds=seconds)
+        control.stopping.wait(seconds)
 
     def over(self) -> None:
         """It works."""
         if self.since is not None:
-            logger.info("%s available again after %.1f s", self._what, time.monotonic() - self.since)
+            seconds = time.monotonic() - self.since
+            logger.info("%s available again after %.1f s", self._what, seconds)
+            signals.bridge_restored.send(self._index, what=self._what, seconds=seconds)
         self.since = None
         self._backoff.reset()
 

@@ -336,7 +336,9 @@ class Delivery:
         ids = run.ids if ids is None else ids
         error = "failed" if run.error is None else runs.one_line(run.error)
         for id in ids:
-            logger.error("Notification %s of %s failed for good: %s", id, run.taken.channel, error)
+            logger.error(
+                "Notification %s of %s failed for good: %s", id, run.taken.channel, error, extra=run.told_ids(id)
+            )
         failed = self.store.fail(
             connection,
             ids,

@@ -21,6 +21,7 @@ from celery.backends.base import DisabledBackend
 from kombu import Producer
 from sqlalchemy import Connection
 
+from pgpubsub_celery import announcements
 from pgpubsub_celery.broker import Broker, Publication
 from pgpubsub_celery.bundles import Bundling
 from pgpubsub_celery.channels import Channel
@@ -71,6 +72,8 @@ class Batch:
     """For each message whether its rows go once it is confirmed."""
     outcomes: Callable[[], list[BaseException | None]]
     """Returns what became of each message; publishes, or waits for the thread that does."""
+    rows: Sequence[Claimed] = ()
+    """What was claimed."""
 
 
 class Dispatcher:
@@ -121,7 +124,7 @@ class Dispatcher:
         # If we die after it has published, the messages are out and the lease stands: nothing is left to do but for
         # `goes`, whose rows come again and are published twice.
         publish = functools.partial(self._broker.publish, publications)
-        return Batch(speaks_for, goes, publish if thread is None else thread.submit(publish).result)
+        return Batch(speaks_for, goes, publish if thread is None else thread.submit(publish).result, claimed)
 
     def finish(self, connection: Connection, batch: Batch) -> Dispatched:
         """Wait for a batch to be published, and settle it."""
@@ -131,7 +134,7 @@ class Dispatcher:
             claimed = [row for rows in batch.speaks_for for row in rows]
             self._store.release_unpublished(connection, claimed)
             raise
-        return self._settle(connection, batch.speaks_for, batch.goes, outcomes)
+        return self._settle(connection, batch, outcomes)
 
     def dispatch_unstored(self, message: Mapping[str, Any], channels: Sequence[type[Channel]]) -> BaseException | None:
         """Publish one message that is not stored, to each of its channel's listeners; return why not, if not all."""
@@ -140,6 +143,7 @@ class Dispatcher:
         name = message.get("channel")
         carried = {key: message.get(key) for key in ("operation", "payload", "context", "created_at", "db_version")}
         publications: list[Publication] = []
+        wanted: list[Listener] = []
         publisher = Publisher()
         for channel in channels:
             if name not in (channel.name(), *channel.aliases):
@@ -156,8 +160,12 @@ class Dispatcher:
                     )
                     one = Message(task=listener.name, task_id=str(uuid.uuid4()), envelope=envelope)
                     publications.append(functools.partial(publisher.publish, one))
-        failed = [outcome for outcome in self._broker.publish(publications) if outcome is not None]
-        return failed[0] if failed else None
+                    wanted.append(listener)
+        outcomes = self._broker.publish(publications)
+        for listener, outcome in zip(wanted, outcomes, strict=True):
+            if outcome is None:
+                announcements.unstored(listener, carried["created_at"])
+        return next((outcome for outcome in outcomes if outcome is not None), None)
 
     def _address(self, id: int, rows: int, standing: Standing) -> Address:
         listener = self._listeners[id]
@@ -179,18 +187,19 @@ class Dispatcher:
     def _settle(
         self,
         connection: Connection,
-        speaks_for: Sequence[list[tuple[int, int]]],
-        goes: Sequence[bool],
+        batch: Batch,
         outcomes: Sequence[BaseException | None],
     ) -> Dispatched:
+        published_rows: list[list[tuple[int, int]]] = []
         confirmed: list[tuple[int, int]] = []
         unpublished: list[tuple[int, int]] = []
         refused: list[tuple[int, int]] = []
         outage: BaseException | None = None
         published = 0
-        for rows, go, outcome in zip(speaks_for, goes, outcomes, strict=True):
+        for rows, go, outcome in zip(batch.speaks_for, batch.goes, outcomes, strict=True):
             if outcome is None:
                 published += len(rows)
+                published_rows.append(rows)
                 confirmed += rows if go else []
             elif self._broker.is_refusal(outcome):
                 logger.warning(
@@ -205,6 +214,8 @@ class Dispatcher:
                 unpublished += rows
             else:
                 self._fail(connection, rows, outcome)
+                told = f"cannot be published: {one_line(outcome)}"
+                announcements.unpublishable(self._listeners, batch.rows, [id for id, _ in rows], told)
         if confirmed:
             self._store.delete_published(connection, confirmed)
         if unpublished:
@@ -212,13 +223,21 @@ class Dispatcher:
         if refused:
             # Their queue's trouble, and no other's.
             self._store.release_unpublished(connection, refused, delay=REFUSED_DELAY)
+        announcements.settled(
+            self._listeners,
+            batch.rows,
+            published_rows,
+            acknowledged=confirmed,
+            unpublished=unpublished,
+            refused=refused,
+        )
         return Dispatched(published, outage)
 
     def _fail(self, connection: Connection, rows: Sequence[tuple[int, int]], error: BaseException) -> None:
         """Whatever is wrong with the message itself will be so the next time."""
         told = f"cannot be published: {one_line(error)}"
         for id, dispatches in rows:
-            logger.error("Notification %s %s", id, told)
+            logger.error("Notification %s %s", id, told, extra={"notification_id": id})
             self._store.fail(connection, [id], owner=None, dispatches=dispatches, error=told, traceback=None)
 
 

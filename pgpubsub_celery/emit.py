@@ -23,6 +23,7 @@ from sqlalchemy import BindParameter, Boolean, Connection, DateTime, Float, Text
 from sqlalchemy.engine import TwoPhaseTransaction
 from sqlalchemy.exc import DBAPIError
 
+from pgpubsub_celery import announcements
 from pgpubsub_celery.binds import connection_of, explain, run_in, session_or_connection
 from pgpubsub_celery.channels import Channel, TriggerChannel, check_declared, find_channel
 from pgpubsub_celery.errors import ChannelError, PayloadError
@@ -172,6 +173,7 @@ def enqueue(
         due,
         encode_context(_plain(context), "enqueue"),
     )
+    announcements.emitted((EnqueuedTask,))
     return prepared.result
 
 
@@ -266,7 +268,9 @@ def _emit(
     if not payloads:
         return 0
     connection = connection_of(bind, caller, bind_arguments)
-    return sum(_send(connection, caller, groups, due, encoded_context) for groups in _batches(payloads))
+    stored = sum(_send(connection, caller, groups, due, encoded_context) for groups in _batches(payloads))
+    announcements.emitted(channel for channel, _ in payloads)
+    return stored
 
 
 def _batches(payloads: list[tuple[type[Channel], str]]) -> Iterator[list[_Group]]:

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from pgpubsub_celery import runs
+from pgpubsub_celery import announcements, runs
 from pgpubsub_celery.delivery import Delivery, Part, halves
 from pgpubsub_celery.errors import TransactionEndedError
 from pgpubsub_celery.runs import DONE, FAILED, RELEASED, RETRY, SPLIT, Run
@@ -58,6 +58,7 @@ class LockedDelivery(Delivery):
         if self.envelope.dispatches > 1:
             # If we die after this, the row's starts say that a run began and never ended.
             ids = self.begin(lambda: self._count_start(ids))
+            announcements.dropped(self.listener, self.envelope.ids, ids)
         started = time.monotonic()
         while ids:
             size = self._transaction_size()
@@ -81,7 +82,9 @@ class LockedDelivery(Delivery):
     def _run_chunk(self, ids: Sequence[int], started: float) -> _Chunk:
         """Run one transaction's worth of them."""
         chunk, settled = self.begin(lambda: self._transact(ids, started))
-        if not settled:
+        if settled:
+            announcements.ended(self.listener, chunk.runs, chunk.left)
+        else:
             self._settle_apart(chunk.runs, chunk.left, chunk.number)
         return chunk
 
@@ -131,6 +134,7 @@ class LockedDelivery(Delivery):
                         run.outcome = RELEASED
                 self._blame_pauses(connection, each)
                 self.write(connection, each, left)
+            announcements.ended(self.listener, each, left)
         except DBAPIError as exc:
             logger.warning("Giving notifications back failed; their lease does it: %s", exc.orig)
 
@@ -176,6 +180,7 @@ class _Chunk:
         """Lock the rows that are still the message's and run them in order, as far as that makes sense."""
         delivery = self._delivery
         rows, self.number = delivery.store.take_locked(self._connection, ids, delivery.envelope.dispatches)
+        announcements.dropped(delivery.listener, ids, (row.id for row in rows))
         arguments = delivery.decode(rows, self._connection)
         parts = delivery.parts(rows, arguments)
         while parts:

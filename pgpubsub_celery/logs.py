@@ -1,7 +1,8 @@
 """What a listening process prints: one line for each record, in a `%` format or as JSON.
 
-Owns the configuration of logging for processes of ours (bridges, supervisors), never for a user's: a worker's logging
-is Celery's. No payload, password or whole URL ever gets into a record of ours; see who logs.
+Owns the configuration of logging for processes of ours (bridges, supervisors). A worker's logging is Celery's: of it
+nothing is touched but the form of its lines, and that only where `worker_logformat` asks for it. No payload, password
+or whole URL ever gets into a record of ours; see who logs.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import datetime
 import json
 import logging
 import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from pgpubsub_celery.errors import SettingsError, did_you_mean
 
@@ -18,6 +21,8 @@ JSON = "json"
 LEVELS = ("debug", "info", "warning", "error", "critical")
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+# Celery's: a task's arguments and what it has returned, which are nobody's to print.
+_LEFT_OUT = _STANDARD | {"data"}
 
 
 def level_number(name: str) -> int:
@@ -58,8 +63,20 @@ def configure_logging(loglevel: str, logformat: str | None) -> None:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
 
 
+_ids: list[Callable[[], Mapping[str, Any]]] = []
+
+
+def add_ids(read: Callable[[], Mapping[str, Any]]) -> None:
+    """Have `read()` say what every JSON line is about; what a record brings itself goes before."""
+    _ids.append(read)
+
+
 class JsonFormatter(logging.Formatter):
-    """One JSON object for each record: time, level, logger, process, message, and whatever `extra=` gave."""
+    """One JSON object for each record: time, level, logger, process, message, and whatever `extra=` gave.
+
+    Lines about notifications have `notification_id` (or `notification_ids`) and `channel`, and in workers `task_id` and
+    `listener`: also those that a listener logs itself, and those that Celery logs of its run.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -72,7 +89,18 @@ class JsonFormatter(logging.Formatter):
             "process": record.process,
             "message": record.getMessage(),
         }
-        line |= {key: value for key, value in vars(record).items() if key not in _STANDARD and not key.startswith("_")}
+        for read in _ids:
+            line |= read()
+        line |= _of_celery(record)
+        line |= {key: value for key, value in vars(record).items() if key not in _LEFT_OUT and not key.startswith("_")}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str, ensure_ascii=False)
+
+
+def _of_celery(record: logging.LogRecord) -> dict[str, Any]:
+    """Return the ids in what Celery logs of tasks: arguments of its messages, which are not to be lost in a text."""
+    data = getattr(record, "data", None)
+    told = record.args if isinstance(record.args, Mapping) else data if isinstance(data, Mapping) else {}
+    names = {"id": "task_id", "name": "task"}
+    return {name: told[key] for key, name in names.items() if isinstance(told.get(key), str)}

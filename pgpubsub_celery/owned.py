@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from pgpubsub_celery import runs
+from pgpubsub_celery import announcements, runs
 from pgpubsub_celery.channels import TriggerChannel
 from pgpubsub_celery.delivery import Arguments, Delivery, Part, halves
 from pgpubsub_celery.errors import LeaseLostError, TransactionEndedError
@@ -33,6 +33,7 @@ class OwnedDelivery(Delivery):
         owner = uuid.uuid4()
         lease = self.listener.channel.lease or self.runtime.settings.lease
         rows = self.begin(lambda: self._take(owner, lease))
+        announcements.dropped(self.listener, self.envelope.ids, (row.id for row in rows))
         # If we die after this, the lease gives the rows back; their starts say that a run began.
         if not rows:
             return
@@ -55,6 +56,7 @@ class OwnedDelivery(Delivery):
                 self.runtime.heartbeat.remove(row.id)
             if left:
                 self._settle(lambda connection: self._release(connection, left, owner, started=1))
+                announcements.ended(self.listener, [], left)
 
     def _take(self, owner: uuid.UUID, lease: float) -> list[Taken]:
         with self.runtime.autocommit() as connection:
@@ -72,6 +74,7 @@ class OwnedDelivery(Delivery):
         if not self.wants(rows[0]):
             left.remove(rows[0].id)
             self._settle(lambda connection: self._release(connection, [rows[0].id], owner, started=1))
+            announcements.ended(self.listener, [], [rows[0].id])
             return None
         run = self.make_run(rows, self._invoke)
         acknowledged = {row.id: _Acknowledged(self, row, owner) for row in rows}
@@ -112,6 +115,7 @@ class OwnedDelivery(Delivery):
             )
         ids = [id for id in run.ids if id in unkept or id not in asked]
         if not ids:
+            announcements.ended(self.listener, [run])
             return
         if run.outcome == DONE:
             ours = self.store.acknowledge_all_owned(connection, ids, owner) == len(ids)
@@ -122,12 +126,15 @@ class OwnedDelivery(Delivery):
             ours = self.write_failure(connection, run, owner, ids)
         else:
             ours = self._release(connection, ids, owner, started=1)
-        if not ours:
+        if ours:
+            announcements.ended(self.listener, [run])
+        else:
             logger.warning(
                 "Notification %s of %s: its lease was lost while it ran (outcome: %s); it was given to another worker",
                 ", ".join(map(str, ids)),
                 run.taken.channel,
                 run.outcome,
+                extra=run.told_ids(),
             )
 
     def _release(self, connection: Connection, ids: Sequence[int], owner: uuid.UUID, *, started: int) -> bool:

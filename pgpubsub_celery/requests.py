@@ -21,6 +21,7 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from pgpubsub_celery import announcements
 from pgpubsub_celery.errors import PgPubSubError
 from pgpubsub_celery.messages import KEYWORD, Envelope, notification_task_id
 from pgpubsub_celery.runs import one_line
@@ -107,8 +108,10 @@ def give_back_unknown(sender: Any, message: Any, **_: Any) -> None:
 def _give_back(envelope: Envelope, delay: float = 0.0) -> Write:
     def write(store: Store, connection: Any) -> None:
         retries = envelope.retries
-        if store.release_lost(connection, envelope.ids, envelope.dispatches, retries=retries, delay=delay):
+        released = store.release_lost(connection, envelope.ids, envelope.dispatches, retries=retries, delay=delay)
+        if released:
             store.ring(connection, envelope.channel)
+            announcements.lost(envelope, released)
 
     return write
 
@@ -117,7 +120,10 @@ def _fail(envelope: Envelope, error: str) -> Write:
     def write(store: Store, connection: Any) -> None:
         for id, retried in zip(envelope.ids, envelope.retries, strict=True):
             task_id = notification_task_id(envelope.installation, id)
-            store.fail_lost(connection, [id], envelope.dispatches, retries=[retried], error=error, task_id=task_id)
+            failed = store.fail_lost(
+                connection, [id], envelope.dispatches, retries=[retried], error=error, task_id=task_id
+            )
+            announcements.lost(envelope, failed, error=error)
 
     return write
 

@@ -19,6 +19,7 @@ from celery.exceptions import Ignore, Reject, Retry
 from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Session
 
+from pgpubsub_celery import logs
 from pgpubsub_celery.errors import ListenerError
 from pgpubsub_celery.listeners import Listener
 from pgpubsub_celery.store import Taken
@@ -120,6 +121,18 @@ class Run:
         """Return the ids of its rows."""
         return [row.id for row in self.rows]
 
+    def told_ids(self, id: int | None = None) -> dict[str, Any]:
+        """Return what a log record says of whom it is about: of one row, or of all."""
+        of: dict[str, Any] = {"task_id": self.task_id, "channel": self.taken.channel, "listener": self.listener.name}
+        if id is None and len(self.rows) > 1:
+            return {**of, "notification_ids": self.ids}
+        return {**of, "notification_id": id or self.taken.id or None}
+
+    @property
+    def told(self) -> str | None:
+        """What went wrong, in one line, where something did."""
+        return None if self.error is None else one_line(self.error)
+
     @property
     def notification(self) -> NotificationInfo:
         """What the listener can know of it."""
@@ -185,6 +198,7 @@ class Run:
                         len(self.rows),
                         self.listener.name,
                         one_line(exc),
+                        extra=self.told_ids(),
                     )
                     raise Ignore("run in halves instead") from exc
                 self._note(FAILED, exc)
@@ -283,6 +297,14 @@ _stack = _Stack()
 def current_run() -> Run | None:
     """Return the innermost run of this thread, or None outside of one."""
     return _stack.runs[-1] if _stack.runs else None
+
+
+def _ids_of_current_run() -> dict[str, Any]:
+    run = current_run()
+    return {} if run is None else run.told_ids()
+
+
+logs.add_ids(_ids_of_current_run)
 
 
 class entered:  # noqa: N801 - read as `with entered(run)`

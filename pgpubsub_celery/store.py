@@ -93,6 +93,8 @@ class Claim:
     rows: list[Claimed]
     failed: int
     """Rows that were failed instead, because their starts are used up."""
+    given_up: list[Claimed] = dataclasses.field(default_factory=list)
+    """Those."""
     lost: int
     """How many of the rows had been published before and their lease ran out."""
     in_flight: Mapping[int, int]
@@ -217,6 +219,7 @@ class Store:
         return Claim(
             rows=rows,
             failed=len(claimed) - len(rows),
+            given_up=[_claimed(row) for row in claimed if row.state == "failed"],
             lost=sum(row.was_lost for row in rows),
             in_flight={subscription: stand.in_flight for subscription, stand in stands.items()},
             bounds=_bounds(quotas, claimed, stands, full=len(claimed) >= batch_size),

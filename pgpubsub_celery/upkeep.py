@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, TextClause, text
 
+from pgpubsub_celery import announcements
 from pgpubsub_celery.binds import connection_of
 from pgpubsub_celery.channels import Channel, registered_channels, select_channels
 from pgpubsub_celery.emit import current_schema
@@ -124,8 +125,12 @@ def retry_batch(
     statement, parameters = _batch(_RETRY, schema, selection, after, last, force)
     rows = connection.execute(statement, parameters).all()
     ring = text(f"SELECT {Names(schema).prefix}pgpubsub_ring(:channel)")
-    for channel in sorted({row.channel for row in rows}):
+    by_channel: dict[str, list[int]] = {}
+    for row in rows:
+        by_channel.setdefault(row.channel, []).append(row.id)
+    for channel in sorted(by_channel):
         connection.execute(ring, {"channel": channel})
+        announcements.recovered(channel, by_channel[channel], len(by_channel[channel]))
     return _next([row.id for row in rows])
 
 
@@ -134,7 +139,12 @@ def discard_batch(
 ) -> Batch:
     """Delete up to `BATCH` of those meant, with ids above `after` and up to `last`; what is in flight with `force`."""
     statement, parameters = _batch(_DISCARD, schema, selection, after, last, force)
-    return _next(list(connection.execute(statement, parameters).scalars()))
+    by_channel: dict[str, list[int]] = {}
+    for row in connection.execute(statement, parameters):
+        by_channel.setdefault(row.channel, []).append(row.id)
+    for channel, ids in by_channel.items():
+        announcements.discarded(channel, ids, len(ids))
+    return _next([id for ids in by_channel.values() for id in ids])
 
 
 def process_stored_notifications(
@@ -209,5 +219,5 @@ DELETE FROM {n} n WHERE n.id = ANY (ARRAY(
     SELECT n.id FROM {n} n WHERE n.id > :after AND n.id <= :last AND {condition}
     ORDER BY n.id LIMIT :batch FOR UPDATE SKIP LOCKED
 ))
-RETURNING n.id
+RETURNING n.id, n.channel
 """
