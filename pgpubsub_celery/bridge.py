@@ -279,7 +279,12 @@ class Bridge:
         if claim.rows and now >= self._measure_at:
             self._measure_at = now + MEASURE_SECONDS
             dispatcher.measured = self._store.run_times(link.claims, list(listeners))
-        self.finish(link, dispatcher)
+        try:
+            self.finish(link, dispatcher)
+        except BaseException:
+            # What went wrong is the batch's before; what was claimed meanwhile need not wait for its lease.
+            self._store.release_unpublished(link.claims, [(row.id, row.dispatches) for row in claim.rows])
+            raise
         if claim.rows:
             # Where the next claim follows at once, it need not wait for this to be published.
             overlaps = self._outage is None and (full or (limited and len(claim.rows) >= WORTH_A_LOOK))

@@ -166,3 +166,21 @@ def test_a_listener_at_its_quota_leaves_the_batch_to_others(looking: Looking, no
     published = [id for ids in looking.published for id in ids]
     assert set(others) <= set(published)
     assert len(published) - len(others) == FLOOR
+
+
+def test_what_was_claimed_while_an_earlier_batch_failed_to_publish_is_given_back(
+    looking: Looking, notifications: Notifications, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next claim overlaps publishing: an exception there must not leave what it claimed to its lease."""
+    (subscription,) = looking.listeners
+    ids = notifications.add(2 * BATCH, subscription=subscription, channel="looking.Seen", ago=0)
+
+    def fail(broker: Broker, publications: Any) -> list[Exception | None]:
+        raise SystemExit("a bug, while publishing")
+
+    monkeypatch.setattr(Broker, "publish", fail)
+    look = looking.bridge.claim_and_dispatch
+    assert look(looking.link, looking.dispatcher, looking.listeners).full
+    with pytest.raises(SystemExit):
+        look(looking.link, looking.dispatcher, looking.listeners)
+    assert notifications.ids("waiting") == ids
