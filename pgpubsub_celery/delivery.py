@@ -134,7 +134,7 @@ class Delivery:
         began = time.monotonic()
         with contextlib.ExitStack() as stack:
             if not self.single:
-                self._shortcut = Shortcut.of(self.task, self._common_request)
+                self._shortcut = Shortcut.of(self.task, self.tracer, self._common_request)
                 if self._shortcut is not None:
                     stack.enter_context(self._shortcut.opened())
             self._run_all()

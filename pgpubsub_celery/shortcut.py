@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from celery import signals
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pgpubsub_celery.runs import Run
     from pgpubsub_celery.tasks import ListenerTask
 
+_TRACER_MODULE = "celery.app.trace"
 _HOOKS = ("before_start", "on_success", "after_return")
 
 
@@ -38,13 +39,18 @@ class Shortcut:
         self._requests: list[Any] = []
 
     @classmethod
-    def of(cls, task: ListenerTask, request: Mapping[str, Any]) -> Shortcut | None:
-        """Return the shortcut for a message, or None when its runs are watched."""
+    def of(cls, task: ListenerTask, tracer: Callable[..., Any], request: Mapping[str, Any]) -> Shortcut | None:
+        """Return the shortcut for a message, or None when its runs are watched.
+
+        A `tracer` that is not Celery's own, or is wrapped (as monitors wrap it), watches each run, too.
+        """
         watched = (
             signals.task_prerun.receivers
             or signals.task_postrun.receivers
             or signals.task_success.receivers
             or trace_logger.isEnabledFor(logging.INFO)
+            or getattr(tracer, "__module__", None) != _TRACER_MODULE
+            or hasattr(tracer, "__wrapped__")
             or not task.ignore_result
             or request.get("ignore_result") is False
             or any(task_has_custom(task, hook) for hook in _HOOKS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -692,7 +693,7 @@ def test_a_run_that_raises_is_told_of_as_any_task_even_where_nobody_watches_succ
     work.do = do
     work.emit(1, 2, 3)
     (message,) = work.deliveries.claim()
-    assert Shortcut.of(work.task, {}) is not None
+    assert Shortcut.of(work.task, work.task._tracer, {}) is not None
     signals.task_failure.connect(failed)
     try:
         work.deliveries.deliver(message)
@@ -705,7 +706,7 @@ def test_a_run_that_raises_is_told_of_as_any_task_even_where_nobody_watches_succ
     assert len({request.id for request, _ in work.seen}) == 3
 
 
-@pytest.mark.parametrize("watch", ["prerun", "postrun", "success", "log", "hook"])
+@pytest.mark.parametrize("watch", ["prerun", "postrun", "success", "log", "hook", "tracer"])
 def test_whoever_watches_runs_is_told_of_each(
     app: Celery, installed_engine: Engine, registry: None, caplog: pytest.LogCaptureFixture, watch: str
 ) -> None:
@@ -731,6 +732,17 @@ def test_whoever_watches_runs_is_told_of_each(
         work.deliveries.deliver(message)
         told = [record.data["id"] for record in caplog.records if record.name == "celery.app.trace"]  # type: ignore[attr-defined]
     elif watch == "hook":
+        work.deliveries.deliver(message)
+    elif watch == "tracer":
+        # As monitors do that measure every task.
+        tracer = work.task._tracer
+
+        @functools.wraps(tracer)
+        def measured(uuid: str, *arguments: Any) -> Any:
+            told.append(uuid)
+            return tracer(uuid, *arguments)
+
+        work.task.__trace__ = measured
         work.deliveries.deliver(message)
     else:
         signal = getattr(signals, f"task_{watch}")
