@@ -1,8 +1,7 @@
 """What a listening process prints: one line for each record, in a `%` format or as JSON.
 
-Owns the configuration of logging for processes of ours (bridges, supervisors). A worker's logging is Celery's: of it
-nothing is touched but the form of its lines, and that only where `worker_logformat` asks for it. No payload, password
-or whole URL ever gets into a record of ours; see who logs.
+Owns the configuration of logging for processes of ours (bridges, supervisors), never for a user's: a worker's logging
+is Celery's. No payload, password or whole URL ever gets into a record of ours; see who logs.
 """
 
 from __future__ import annotations
