@@ -22,7 +22,8 @@ from pgpubsub_celery.errors import BrokerError
 TIMEOUT = 0.5
 """What the brokers of these tests are given; a call may take a few times that, on a machine with much to do."""
 SOON = 20 * TIMEOUT
-QUEUE = "celery"
+QUEUE = "publisher"
+"""Of these tests alone: a broker in memory is shared by all of a process."""
 
 
 class Publisher:
@@ -30,7 +31,7 @@ class Publisher:
 
     def __init__(self, url: Any, **configuration: Any) -> None:
         self.app = Celery("publisher", broker=url, set_as_current=False)
-        self.app.conf.update(configuration)
+        self.app.conf.update({"task_default_queue": QUEUE, **configuration})
         self.broker = Broker(self.app, timeout=TIMEOUT)
 
     def publish(self, *publications: Publication | int) -> list[BaseException | None]:
