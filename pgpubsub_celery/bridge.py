@@ -140,12 +140,14 @@ class Bridge:
     def run(self) -> None:
         """Listen until the control says stop; reconnect for as long as that takes."""
         url = self._settings.require_database_url()
+        # Who gives a URL to listen at does so because the other goes through a pooler.
+        pooled = self._settings.listen_url is not None
         listen_url = url if self._settings.listen_url is None else sync_url(self._settings.listen_url)
         engine, listen_engine = bridge_engine(url), bridge_engine(listen_url)
         try:
             while not self._control.stopping.is_set():
                 try:
-                    with Link(engine, listen_engine, self._settings.schema) as link:
+                    with Link(engine, listen_engine, self._settings.schema, pooled=pooled) as link:
                         self._serve(link)
                 except (ConnectionLostError, NotInstalledError, ReadOnlyDatabaseError) as exc:
                     self._database_trouble.met(exc, self._control)

@@ -85,6 +85,8 @@ class Dispatcher:
         self._broker = broker
         self._installation = installation
         self._settings = settings
+        # Used by the thread that publishes, which is one at a time.
+        self._publisher = Publisher()
         self._listeners: Mapping[int, Listener] = {}
         self._bundlings: Mapping[int, Bundling] = {}
         self.measured: Mapping[int, Measured] = {}
@@ -117,14 +119,17 @@ class Dispatcher:
         others = [row for row in claimed if self._listeners[row.subscription].channel is not EnqueuedTask]
         messages = build_messages(others, addresses, self._installation)
         publications: list[Publication] = [functools.partial(_publish_enqueued, row) for row in enqueued]
-        publisher = Publisher()
-        publications += [functools.partial(publisher.publish, message) for message in messages]
+        publications += [functools.partial(self._publisher.publish, message) for message in messages]
         speaks_for = [[(row.id, row.dispatches)] for row in enqueued] + [message.claimed for message in messages]
         goes = [True] * len(enqueued) + [bool(message.envelope.carried) for message in messages]
         # If we die after it has published, the messages are out and the lease stands: nothing is left to do but for
         # `goes`, whose rows come again and are published twice.
-        publish = functools.partial(self._broker.publish, publications)
+        publish = functools.partial(self._publish, publications)
         return Batch(speaks_for, goes, publish if thread is None else thread.submit(publish).result, claimed)
+
+    def _publish(self, publications: Sequence[Publication]) -> list[BaseException | None]:
+        self._publisher.begin()
+        return self._broker.publish(publications)
 
     def finish(self, connection: Connection, batch: Batch) -> Dispatched:
         """Wait for a batch to be published, and settle it."""
@@ -144,7 +149,6 @@ class Dispatcher:
         carried = {key: message.get(key) for key in ("operation", "payload", "context", "created_at", "db_version")}
         publications: list[Publication] = []
         wanted: list[Listener] = []
-        publisher = Publisher()
         for channel in channels:
             if name not in (channel.name(), *channel.aliases):
                 continue
@@ -159,9 +163,9 @@ class Dispatcher:
                         carried=(carried,),
                     )
                     one = Message(task=listener.name, task_id=str(uuid.uuid4()), envelope=envelope)
-                    publications.append(functools.partial(publisher.publish, one))
+                    publications.append(functools.partial(self._publisher.publish, one))
                     wanted.append(listener)
-        outcomes = self._broker.publish(publications)
+        outcomes = self._publish(publications)
         for listener, outcome in zip(wanted, outcomes, strict=True):
             if outcome is None:
                 announcements.unstored(listener, carried["created_at"])

@@ -1,8 +1,9 @@
 """One message to the broker, as Celery sends any task, at a fraction of the price where many are alike.
 
-Owns how a message becomes a published task: the first of each task in a batch goes through Celery's own `send_task`,
-and what that hands to the producer is the template of the others, which differ in ids and arguments only. Whatever
-wants to see or change each message (a signal's receiver, a router function, task-sent events) sees each.
+Owns how a message becomes a published task: with each connection to the broker, the first of each task goes through
+Celery's own `send_task`, and what that hands to the producer is the template of the others, which differ in ids and
+arguments only. Whatever wants to see or change each message (a signal's receiver, a router function, task-sent events)
+sees each.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ class _Template:
     headers: Mapping[str, Any]
     options: dict[str, Any]
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether it says a time that was counted from its own publication."""
+        return self.headers.get("expires") is not None or self.headers.get("eta") is not None
+
 
 class _Recorder:
     """Stands for a producer, and keeps what it is to publish."""
@@ -39,19 +45,27 @@ class _Recorder:
 
 
 class Publisher:
-    """Publishes the messages of one batch."""
+    """Publishes messages, and remembers for as long as their producer lives what each task's are like."""
 
     def __init__(self) -> None:
-        self._templates: dict[str, _Template | None] = {}
+        self._templates: dict[str, _Template] = {}
+        self._producer: Producer | None = None
+
+    def begin(self) -> None:
+        """Begin a batch: what is so only for a moment, such as a time of expiry, is asked for again."""
+        self._templates = {task: template for task, template in self._templates.items() if not template.is_timed}
 
     def publish(self, message: Message, app: Celery, producer: Producer) -> None:
         """Publish with `producer`; raises what the broker or Celery raises."""
-        if message.task not in self._templates:
-            self._templates[message.task] = _template(message, app, producer)
-        template = self._templates[message.task]
-        if template is None:
+        if producer is not self._producer:
+            # Another connection, perhaps to a broker that has lost its queues: what was declared is declared again.
+            self._templates, self._producer = {}, producer
+        if _each_is_seen(message, app):
             _send(message, app, producer)
             return
+        template = self._templates.get(message.task)
+        if template is None:
+            template = self._templates[message.task] = _template(message, app, producer)
         id, told = message.task_id, _told(message)
         headers = {**template.headers, **told, "id": id, "root_id": id, "shadow": _shadow(message)}
         # Celery has them among the properties, too.
@@ -65,10 +79,8 @@ class Publisher:
         template.options["declare"] = None
 
 
-def _template(message: Message, app: Celery, producer: Producer) -> _Template | None:
-    """Return what this message's publication is like; None where each is to be seen by somebody."""
-    if _each_is_seen(message, app):
-        return None
+def _template(message: Message, app: Celery, producer: Producer) -> _Template:
+    """Return what this message's publication is like."""
     recorder = _Recorder(producer)
     _send(message, app, recorder)
     ((body, options),) = recorder.published

@@ -19,10 +19,14 @@ TAKEN = (
 # `= ANY (ARRAY(…))` rather than IN: the latter turns to a sequential scan at larger batches.
 # `+ 0` keeps the planner, with statistics from before a burst, from finding the rows by their subscription.
 # in_flight is counted by the same statement, from the index, at most a quota's worth of entries of each state.
+# It need not reach the disk before its messages are published, which is most of the time that a quiet claim takes: if
+# Postgres crashes before it does, the rows are waiting again, and of two messages with one count the first takes them.
 CLAIM = """
-WITH quota AS MATERIALIZED (
+WITH quickly AS MATERIALIZED (
+    SELECT pg_catalog.set_config('synchronous_commit', 'off', true)
+), quota AS MATERIALIZED (
     SELECT q.*, flying.in_flight, flying.earliest
-    FROM (
+    FROM quickly CROSS JOIN (
         SELECT subscription, most, lease, lease_max, with_payload,
             coalesce(waiting_at, '-infinity') AS waiting_at, coalesce(waiting_id, 0) AS waiting_id,
             coalesce(flying, '-infinity') AS flying_from, coalesce(expired, '-infinity') AS expired_from
@@ -45,26 +49,27 @@ WITH quota AS MATERIALIZED (
         SELECT c.id, c.available_at FROM {n} c
         WHERE c.subscription = q.subscription AND c.state = flying.state
             AND c.available_at >= q.expired_from AND c.available_at <= now(){filter}
-        ORDER BY c.available_at, c.id LIMIT least(q.most, :batch_size) FOR UPDATE SKIP LOCKED
-    ) l LIMIT :batch_size
+        ORDER BY c.available_at, c.id LIMIT least(q.most, CAST(:batch_size AS int)) FOR UPDATE SKIP LOCKED
+    ) l LIMIT CAST(:batch_size AS int)
 ), fresh AS MATERIALIZED (
     SELECT w.id, w.available_at FROM quota q CROSS JOIN LATERAL (
         SELECT c.id, c.available_at FROM {n} c
         WHERE c.subscription = q.subscription AND c.state = 'waiting'
             AND (c.available_at, c.id) >= (q.waiting_at, q.waiting_id) AND c.available_at <= now(){filter}
-        ORDER BY c.available_at, c.id LIMIT greatest(0, least(q.most - q.in_flight, :batch_size)) FOR UPDATE SKIP LOCKED
-    ) w LIMIT greatest(0, :batch_size - (SELECT count(*) FROM lost))
+        ORDER BY c.available_at, c.id
+        LIMIT greatest(0, least(q.most - q.in_flight, CAST(:batch_size AS int))) FOR UPDATE SKIP LOCKED
+    ) w LIMIT greatest(0, CAST(:batch_size AS int) - (SELECT count(*) FROM lost))
 ), picked AS (
     SELECT id, available_at AS due, true AS was_lost FROM lost UNION ALL SELECT id, available_at, false FROM fresh
 ), claimed AS (
     UPDATE {n} n SET
-        state = CASE WHEN n.starts >= :max_starts THEN 'failed' ELSE 'dispatched' END,
+        state = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN 'failed' ELSE 'dispatched' END,
         owner = NULL,
         dispatches = n.dispatches + 1,
-        available_at = CASE WHEN n.starts >= :max_starts THEN NULL
+        available_at = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN NULL
             ELSE now() + make_interval(secs => least(q.lease * power(2, least(n.dispatches, 30)), q.lease_max)) END,
-        failed_at = CASE WHEN n.starts >= :max_starts THEN now() END,
-        error = CASE WHEN n.starts >= :max_starts THEN
+        failed_at = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN now() END,
+        error = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN
             'started ' || n.starts || ' times and never finished: '
                 || 'its worker was lost each time (killed, out of memory, or power)'
         END

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, TextClause, text
 
 from pgpubsub_celery import statements as sql
+from pgpubsub_celery.prepared import Prepared
 from pgpubsub_celery.schema import Names, quote_literal
 
 TRACEBACK_LIMIT = 20_000
@@ -135,9 +136,9 @@ class Store:
         self.names = Names(schema)
         n, s = self.names.notification, self.names.subscription
         mine = sql.filter_condition(filters or {})
-        self._claim = _sql(sql.CLAIM, n=n, filter=mine)
+        self._claim = Prepared("pgpubsub_claim", _sql(sql.CLAIM, n=n, filter=mine))
         self._adopt = _sql(sql.ADOPT, n=n, s=s)
-        self._next_due = _sql(sql.NEXT_DUE, n=n, filter=mine)
+        self._next_due = Prepared("pgpubsub_next_due", _sql(sql.NEXT_DUE, n=n, filter=mine))
         self._hold = _sql(sql.HOLD, n=n, filter=mine)
         self._recover = _sql(sql.RECOVER, n=n, filter=mine)
         self._prune_failed = _sql(sql.PRUNE_FAILED, n=n)
@@ -191,13 +192,14 @@ class Store:
     def claim(self, connection: Connection, quotas: Sequence[Quota], *, batch_size: int, max_starts: int) -> Claim:
         """Put due rows under lease and return them: expired leases first, then waiting ones in order.
 
-        One statement; the caller's connection is in autocommit, so the lease is committed before anything is
-        published. Uses pgpubsub_notification_claim_idx; locks the claimed rows, skips what others have locked. Two
-        claims at once count the same rows in flight: together they may exceed a limit, each by its own share.
+        One statement; the caller's connection is in autocommit, so the lease is committed, though not yet on disk,
+        before anything is published. Uses pgpubsub_notification_claim_idx; locks the claimed rows, skips what others
+        have locked. Two claims at once count the same rows in flight: together they may exceed a limit, each by its own
+        share.
         """
         bounds = [q.bound for q in quotas]
-        result = connection.execute(
-            self._claim,
+        result = self._claim.execute(
+            connection,
             {
                 "subscriptions": [q.subscription for q in quotas],
                 "limits": [q.limit for q in quotas],
@@ -227,7 +229,7 @@ class Store:
 
     def next_due(self, connection: Connection, subscriptions: Sequence[int]) -> float | None:
         """Return the seconds until the earliest waiting row or lease end of these, or None. One index probe each."""
-        seconds = connection.execute(self._next_due, {"subscriptions": list(subscriptions)}).scalar()
+        seconds = self._next_due.execute(connection, {"subscriptions": list(subscriptions)}).scalar()
         return None if seconds is None else max(0.0, float(seconds))
 
     def adopt(self, connection: Connection, subscriptions: Sequence[int]) -> int:

@@ -24,6 +24,7 @@ from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
+from pgpubsub_celery import prepared
 from pgpubsub_celery.errors import ConnectionLostError, NotInstalledError, ReadOnlyDatabaseError
 from pgpubsub_celery.schema import Names, quote_identifier
 
@@ -67,10 +68,13 @@ class Link:
     together: when either is lost the bridge closes both, reconnects and starts awake, which is always safe.
     """
 
-    def __init__(self, engine: Engine, listen_engine: Engine, schema: str) -> None:
+    def __init__(self, engine: Engine, listen_engine: Engine, schema: str, *, pooled: bool = False) -> None:
+        """`pooled`: the first engine's connections may be another session for each transaction."""
         self.names = Names(schema)
         self.claims: Connection = engine.connect()
         try:
+            if not pooled:
+                prepared.allow(self.claims)
             self._listens: Connection = listen_engine.connect()
         except BaseException:
             self.claims.close()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, TextClause, create_engine, text
 
+from pgpubsub_celery import prepared
 from pgpubsub_celery.embedded import EmbeddedPostgres
 from pgpubsub_celery.settings import sync_url
 from pgpubsub_celery.store import Bound, Quota
@@ -113,10 +114,11 @@ def planner(request: pytest.FixtureRequest, full: Notifications) -> None:
         full.execute(f"ANALYZE {TABLE}")
 
 
-def test_a_claim_reads_by_its_index_in_order(planner: None, full: Notifications) -> None:
-    """No scan of the table, no sort, no bitmap to find rows; the update finds them by their ids."""
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_claim_reads_by_its_index_in_order(planner: None, full: Notifications, pooled: bool) -> None:
+    """No scan of the table, no sort, no bitmap to find rows; the update finds them by their ids. Prepared or not."""
     for subscription in (LITTLE, LARGE, BUSY, DELAYED, SPENT):
-        cost, plan = claim(full, subscription)
+        cost, plan = claim(full, subscription, pooled=pooled)
         finding = {(node["Node Type"], node.get("Index Name")) for node in cost.nodes if node["Alias"] != "n"}
         assert finding == {
             ("Index Only Scan", "pgpubsub_notification_claim_idx"),
@@ -169,14 +171,18 @@ def test_a_drain_does_not_wade_through_what_it_has_finished(full: Notifications)
 
 
 def claim(
-    table: Notifications, subscription: int, *, limit: int = 100_000, bound: Bound | None = None
+    table: Notifications, subscription: int, *, limit: int = 100_000, bound: Bound | None = None, pooled: bool = False
 ) -> tuple[Cost, Mapping[str, Any]]:
-    """Explain a claim of one subscription, and take it back."""
+    """Explain a claim of one subscription, prepared as a bridge's are unless they go through a pooler; take it back."""
     quota = Quota(subscription=subscription, limit=limit, lease=LEASE, lease_max=LEASE_MAX, bound=bound)
     with table.engine.connect() as connection:
+        if not pooled:
+            prepared.allow(connection)
         explaining = _Explaining(connection)
         claimed = table.store.claim(explaining, [quota], batch_size=BATCH, max_starts=3)  # type: ignore[arg-type]
         connection.rollback()
+        connection.invalidate()  # nobody else is to have what is prepared
+    assert pooled or "EXECUTE" in explaining.statement
     nodes = [node for node in walk(explaining.plan) if _reads_table(node)]
     return Cost(nodes, len(claimed.rows), claimed.bounds.get(subscription)), explaining.plan
 
@@ -187,8 +193,12 @@ class _Explaining:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.plan: Mapping[str, Any] = {}
+        self.statement = ""
+        self.info, self.dialect = connection.info, connection.dialect
+        self.exec_driver_sql = connection.exec_driver_sql
 
     def execute(self, statement: TextClause, parameters: Mapping[str, Any]) -> Any:
+        self.statement = statement.text
         with self._connection.begin_nested() as savepoint:
             explain = text("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + statement.text)
             self.plan = self._connection.execute(explain, parameters).scalar_one()[0]["Plan"]

@@ -103,3 +103,40 @@ def test_a_result_a_router_function_or_another_send_task_gets_each_message_from_
     app.amqp.__dict__.pop("router", None)
     published(app, "publishing.plain", Publisher())
     assert called == ["publishing.plain"] * 3
+
+
+def test_what_a_message_is_like_is_asked_once_for_each_connection(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of one cost no more than others; with another producer, queues are declared again."""
+    asked: list[str] = []
+    send_task = Celery.send_task
+
+    def counting(self: Celery, name: str, *args: Any, **options: Any) -> Any:
+        asked.append(name)
+        return send_task(self, name, *args, **options)
+
+    monkeypatch.setattr(Celery, "send_task", counting)
+    publisher = Publisher()
+    for _ in range(2):
+        with app.connection_for_write() as connection, app.amqp.Producer(connection, auto_declare=False) as producer:
+            for message in messages("publishing.plain"):
+                publisher.begin()
+                publisher.publish(message, app, producer)
+    assert asked == ["publishing.plain"] * 2
+
+
+def test_a_time_of_expiry_is_each_batchs_own(app: Celery) -> None:
+    """It is counted from the publication: one remembered would let a message expire at once, some time later."""
+    publisher = Publisher()
+    produced: list[str] = []
+    with app.connection_for_write() as connection, app.amqp.Producer(connection, auto_declare=False) as producer:
+        publish = producer.publish
+
+        def noting(body: Any, **options: Any) -> Any:
+            produced.append(options["headers"]["expires"])
+            return publish(body, **options)
+
+        producer.publish = noting
+        for message in messages("publishing.routed"):
+            publisher.begin()
+            publisher.publish(message, app, producer)
+    assert len(set(produced)) == len(produced) == 3

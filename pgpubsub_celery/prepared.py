@@ -1,0 +1,80 @@
+"""Statements that are parsed and planned once for each connection, where a connection is a session of our own.
+
+Owns when a statement may be prepared, and how it then is. The claim is sent with each wake-up, and planning it takes
+longer than executing it. Behind a pooler that gives each transaction another session nothing may be prepared: there,
+and wherever a session turns out to be another one, a statement is sent as it is. Never opens a connection.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import Connection, CursorResult, TextClause, text
+from sqlalchemy.exc import DBAPIError
+
+_KEY = "pgpubsub_prepared"
+
+_PLACEHOLDER = re.compile(r"%%|%\((\w+)\)s")
+
+# A prepared statement that does not exist, or exists already: the session is not the one it was.
+_ANOTHER_SESSION = ("26000", "42P05")
+
+
+def allow(connection: Connection) -> None:
+    """Let statements be prepared on a connection, in autocommit, that is one session for as long as it is open.
+
+    Their plans are made once, for any parameters: with others each time, nothing would be saved.
+    """
+    connection.exec_driver_sql("SET plan_cache_mode = force_generic_plan")
+    if connection.dialect.driver == "psycopg2":
+        connection.info[_KEY] = set()
+    else:
+        # psycopg 3 prepares by itself what it is told to.
+        raw: Any = connection.connection.driver_connection
+        raw.prepare_threshold = 0
+
+
+class Prepared:
+    """A statement, prepared where that is allowed. Stateless; may be shared by threads and processes."""
+
+    def __init__(self, name: str, statement: TextClause) -> None:
+        """`name`: an identifier. The types of all parameters must follow from the text."""
+        self.statement = statement
+        # Two bridges that share a session behind a pooler, against all advice, share what is the same alone.
+        self.name = f"{name}_{hashlib.sha256(statement.text.encode()).hexdigest()[:12]}"
+
+    def execute(self, connection: Connection, parameters: Mapping[str, Any]) -> CursorResult[Any]:
+        """Execute; raises what the statement raises."""
+        prepared: set[str] | None = connection.info.get(_KEY)
+        if prepared is None:
+            return connection.execute(self.statement, parameters)
+        sql, call = self.texts(connection)
+        try:
+            if self.name not in prepared:
+                connection.exec_driver_sql(sql)
+                prepared.add(self.name)
+            return connection.execute(call, parameters)
+        except DBAPIError as exc:
+            if getattr(exc.orig, "pgcode", None) not in _ANOTHER_SESSION:
+                raise
+            del connection.info[_KEY]
+            return connection.execute(self.statement, parameters)
+
+    def texts(self, connection: Connection) -> tuple[str, TextClause]:
+        """Return what prepares it, and what executes it then."""
+        names: list[str] = []
+
+        def numbered(found: re.Match[str]) -> str:
+            name = found[1]
+            if name is None:
+                return found[0]  # which the driver takes for one sign, as in any statement
+            if name not in names:
+                names.append(name)
+            return f"${names.index(name) + 1}"
+
+        body = _PLACEHOLDER.sub(numbered, str(self.statement.compile(dialect=connection.dialect)))
+        call = f"EXECUTE {self.name} ({', '.join(f':{name}' for name in names)})"
+        return f"PREPARE {self.name} AS {body}", text(call)

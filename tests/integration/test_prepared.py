@@ -1,0 +1,88 @@
+"""A claim is planned once for each session, and sent as it is where a session may be another one each time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Connection, Engine, text
+
+from pgpubsub_celery import prepared
+from pgpubsub_celery.prepared import Prepared
+from pgpubsub_celery.settings import sync_url
+from pgpubsub_celery.wakeups import Link, bridge_engine
+from tests.fixtures.notifications import Notifications
+
+PREPARED = text("SELECT name FROM pg_prepared_statements ORDER BY name")
+DOUBLE = Prepared(
+    "double", text("SELECT CAST(:number AS int) * 2 AS twice, '100 % of' || CAST(:number AS int) AS told")
+)
+
+
+@pytest.fixture
+def session(installed_url: str) -> Iterator[Connection]:
+    """One that statements may be prepared on, as a bridge's."""
+    engine = bridge_engine(sync_url(installed_url))
+    with engine.connect() as connection:
+        prepared.allow(connection)
+        yield connection
+
+
+def names(connection: Connection) -> list[str]:
+    return list(connection.execute(PREPARED).scalars())
+
+
+def twice(connection: Connection, number: int) -> int:
+    row = DOUBLE.execute(connection, {"number": number}).one()
+    assert row.told == f"100 % of{number}"
+    result: int = row.twice
+    return result
+
+
+def test_a_statement_is_prepared_once(session: Connection) -> None:
+    """The second time is an EXECUTE alone, with other parameters."""
+    assert [twice(session, 1), twice(session, 21)] == [2, 42]
+    assert names(session) == [DOUBLE.name]
+    calls = session.execute(text("SELECT generic_plans, custom_plans FROM pg_prepared_statements")).one()
+    assert tuple(calls) == (2, 0)
+
+
+def test_a_session_that_is_another_one_is_sent_the_statement_as_it_is(session: Connection) -> None:
+    """A pooler between transactions forgets what was prepared, or has it from somebody else: nothing fails."""
+    assert twice(session, 1) == 2
+    session.execute(text("DEALLOCATE ALL"))
+    assert twice(session, 2) == 4
+    assert twice(session, 3) == 6
+    assert names(session) == []
+
+
+def test_a_statement_of_that_name_from_somebody_else_is_not_executed(session: Connection) -> None:
+    """Two clients share a session's prepared statements behind such a pooler."""
+    session.exec_driver_sql(f"PREPARE {DOUBLE.name} AS SELECT $1::int * 3 AS twice, 'wrong'")
+    assert twice(session, 2) == 4
+
+
+def test_an_error_of_the_statement_itself_is_raised(session: Connection) -> None:
+    """Only a session's own forgetting is cured."""
+    with pytest.raises(Exception, match="out of range"):
+        twice(session, 2**31 - 1)
+    assert names(session) == [DOUBLE.name]
+
+
+@pytest.mark.parametrize(("pooled", "expected"), [(False, ["pgpubsub_claim", "pgpubsub_next_due"]), (True, [])])
+def test_a_bridge_prepares_unless_its_connection_is_pooled(
+    notifications: Notifications, installed_url: str, pooled: bool, expected: list[str]
+) -> None:
+    """With `listen_url`, the other URL is one of a pooler."""
+    engine = bridge_engine(sync_url(installed_url))
+    notifications.add(3)
+    with Link(engine, engine, "public", pooled=pooled) as link:
+        assert [len(notifications.claim(connection=link.claims).rows) for _ in range(2)] == [3, 0]
+        notifications.store.next_due(link.claims, [1])
+        assert [name.rpartition("_")[0] for name in names(link.claims)] == expected
+
+
+def test_only_a_claim_is_committed_before_it_is_on_disk(installed_engine: Engine, session: Connection) -> None:
+    """Lost with a crash, its rows are waiting again; what comes after it on the same connection is durable."""
+    Notifications(installed_engine).claim(connection=session)
+    assert session.execute(text("SHOW synchronous_commit")).scalar() == "on"
