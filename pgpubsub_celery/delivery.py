@@ -38,6 +38,7 @@ from pgpubsub_celery.runs import DONE, FAILED, RETRY, SPLIT, BatchRun, Run
 from pgpubsub_celery.runtime import Runtime
 from pgpubsub_celery.shortcut import Shortcut
 from pgpubsub_celery.store import Taken
+from pgpubsub_celery.telling import WANTED, Telling
 
 if TYPE_CHECKING:
     from pgpubsub_celery.tasks import ListenerTask
@@ -126,6 +127,9 @@ class Delivery:
         self._trace_result: Any = None
         self._outcomes: dict[str, int] = {}
         self._shortcut: Shortcut | None = None
+        # A notification alone is its message: Celery tells of that.
+        wanted = not self.single and WANTED in request
+        self._telling = Telling(task.app, request) if wanted else None
 
     def deliver(self) -> Any:
         """Take what the message tells of, run each, settle each; return what Celery's tracer returns."""
@@ -139,6 +143,8 @@ class Delivery:
                     stack.enter_context(self._shortcut.opened())
             self._run_all()
         self._measure(time.monotonic() - began)
+        if self._telling is not None:
+            self._telling.send()
         if self.single and self._trace_result is not None:
             return self._trace_result
         told = ", ".join(f"{count} {outcome}" for outcome, count in self._outcomes.items())
@@ -255,12 +261,18 @@ class Delivery:
 
     def trace(self, run: Run, arguments: dict[str, Any] | DecodeError) -> None:
         """Run one notification through Celery's tracer, with a request of its own."""
+        began = time.time()
+        self._trace(run, arguments)
+        if self._telling is not None:
+            self._telling.ran(run, began)
+
+    def _trace(self, run: Run, arguments: dict[str, Any] | DecodeError) -> None:
         if isinstance(arguments, DecodeError):
             run.undecodable, arguments = arguments, {}
         own: dict[str, Any] = {
             "id": run.task_id,
             "retries": run.taken.retries,
-            "kwargsrepr": describe(run.taken, len(run.rows)),
+            "kwargsrepr": run.described,
         }
         if not self.single:
             own |= {"root_id": run.task_id, "headers": dict(self._common_request["headers"])}
@@ -370,13 +382,6 @@ def halves(part: Part) -> list[Part]:
     ((name, messages),) = arguments.items()
     middle = len(rows) // 2
     return [(rows[:middle], {name: messages[:middle]}), (rows[middle:], {name: messages[middle:]})]
-
-
-def describe(row: Taken, count: int = 1) -> str:
-    """Return what logs and monitors show instead of a notification's contents."""
-    if count > 1:
-        return f"<{count} notifications of {row.channel}>"
-    return f"<{row.operation} notification {row.id or 'without row'} of {row.channel}>"
 
 
 def aware(eta: datetime.datetime | None, app: Any) -> datetime.datetime | None:

@@ -27,6 +27,7 @@ from pgpubsub_celery.messages import KEYWORD, Envelope, notification_task_id
 from pgpubsub_celery.runs import one_line
 from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.store import Store
+from pgpubsub_celery.telling import WANTED
 from pgpubsub_celery.wakeups import CONNECT_ARGUMENTS
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,12 @@ _NOT_SETTLED = "A lost run was not settled (%s); its lease does it: %s"
 
 class ListenerRequest(Request):  # type: ignore[misc]  # celery has no types
     """The request of a listener's task, in the worker's parent process."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As Celery's; tells the child when somebody listens to events."""
+        super().__init__(*args, **kwargs)
+        if self._eventer is not None and self._eventer.enabled and self.task.send_events:
+            self._request_dict[WANTED] = True
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         """A child that is gone gives its rows back at once; every other failure has been written by the child."""

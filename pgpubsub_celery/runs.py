@@ -121,6 +121,14 @@ class Run:
         """Return the ids of its rows."""
         return [row.id for row in self.rows]
 
+    @property
+    def described(self) -> str:
+        """What logs and monitors show instead of the notification's contents."""
+        row = self.taken
+        if len(self.rows) > 1:
+            return f"<{len(self.rows)} notifications of {row.channel}>"
+        return f"<{row.operation} notification {row.id or 'without row'} of {row.channel}>"
+
     def told_ids(self, id: int | None = None) -> dict[str, Any]:
         """Return what a log record says of whom it is about: of one row, or of all."""
         of: dict[str, Any] = {"task_id": self.task_id, "channel": self.taken.channel, "listener": self.listener.name}

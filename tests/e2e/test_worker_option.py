@@ -9,10 +9,13 @@ from typing import Any
 
 import psutil
 import pytest
+from celery import Celery
 from sqlalchemy import Engine, text
 
+from pgpubsub_celery.messages import notification_task_id
 from tests.e2e.test_listen import all_done, emit, states
 from tests.fixtures import shop as app
+from tests.fixtures.monitors import Monitor
 from tests.fixtures.processes import APP, BIN, ROOT, Running, Shop, eventually
 
 POOL: tuple[str, ...] = ("--pool=prefork", "--concurrency=1")
@@ -88,3 +91,20 @@ def test_what_cannot_work_is_said_at_the_start(
     )
     assert result.returncode != 0
     assert told in result.stdout + result.stderr
+
+
+def test_monitors_see_each_notification_of_a_bundle(shop: Shop, database: Engine) -> None:
+    """`-E`: Flower and `celery events` are told of tasks by their own ids, beside the message that carried them."""
+    emit(database, *(app.Order(number=number) for number in range(1, 41)))
+    with database.connect() as connection:
+        installation = connection.execute(text("SELECT id FROM pgpubsub_installation")).scalar_one()
+    wanted = {notification_task_id(installation, id) for id in range(1, 41)}
+    with Celery("monitor", broker=shop.broker_url, set_as_current=False) as celery, Monitor(celery).listening() as told:
+        shop.worker(*POOL, "-E", "--pgpubsub", "--pgpubsub-recover")
+
+        def ended() -> set[str]:
+            return {event["uuid"] for event in told if event["type"] == "task-succeeded"}
+
+        eventually(lambda: wanted <= ended(), "each notification has been told of")
+        all_done(database, {("order", n): 1 for n in range(1, 41)})
+        assert ended() > wanted, "the bundles are told of, too"
