@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format chaos bench bench-check clean
+.PHONY: help demo test lint format chaos stress bench bench-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ chaos: export CHAOS_FAULTS ?= 250
 chaos: export CHAOS_PAUSE ?= 2
 chaos: $(STAMP) ## Kill and cut at random: CHAOS_NOTIFICATIONS, CHAOS_FAULTS, CHAOS_PAUSE, CHAOS_SEED say how much
 	$(BIN)/python -m pytest -q tests/chaos $(ARGS)
+
+stress: export STRESS_COMMITS ?= 1000000
+stress: $(STAMP) ## A million commits while bridges sleep, wake, die, hang and reconnect: STRESS_COMMITS, STRESS_SEED
+	$(BIN)/python -m pytest -q tests/stress $(ARGS)
 
 bench: $(BENCH_STAMP) ## Measure beside peers, and write docs/benchmarks.md: about 20 minutes, on a quiet machine
 	$(BIN)/python -m bench $(ARGS)
