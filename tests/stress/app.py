@@ -10,6 +10,8 @@ from celery import Celery
 from pgpubsub_celery import Channel, channel_task
 
 QUEUE = "stress"
+LEASE = 3.0
+"""Seconds, after which what a killed bridge had claimed comes again."""
 
 app = Celery("stress", broker=os.environ.get("STRESS_BROKER_URL", "memory://"))
 app.conf.update(task_default_queue=QUEUE, task_ignore_result=True)
@@ -22,6 +24,7 @@ class Tick(Channel):
     channel_name = "stress.Tick"
     lock_notifications = True
     acknowledge = "published"
+    lease = LEASE
     prepared: bool
     """Emitted by a transaction that was prepared, and so could not ring."""
 

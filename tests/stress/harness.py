@@ -29,7 +29,6 @@ from tests.fixtures.processes import BIN, Running
 from tests.stress import app
 
 APP = "tests.stress.app"
-LEASE = 3.0
 FEW = 10_000
 """Commits that would be over before anybody is disturbed."""
 WATCHED = 5000

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import POSTGRES_BIN
-from tests.stress.harness import LEASE, Disturbance, Stress, Wait
+from tests.stress.app import LEASE
+from tests.stress.harness import Disturbance, Stress, Wait
 
 COMMITS = int(os.environ.get("STRESS_COMMITS", "6000"))
 SEED = int(os.environ.get("STRESS_SEED", "1"))
