@@ -46,7 +46,7 @@ _registry: dict[tuple[str, str], type[Channel]] = {}
 
 
 class Channel:
-    """A kind of message. Subclass it as a dataclass: fields are the message's, attributes without annotation set it up.
+    """A kind of message. Subclass it as a dataclass: fields are the message's, attributes without annotation set it up::
 
         @dataclass
         class PostReads(Channel):
