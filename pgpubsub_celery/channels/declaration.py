@@ -46,7 +46,9 @@ _registry: dict[tuple[str, str], type[Channel]] = {}
 
 
 class Channel:
-    """A kind of message. Subclass it as a dataclass: fields are the message's, attributes without annotation set it up::
+    """A kind of message. Subclass it as a dataclass: fields are the message's, attributes without annotation set it up.
+
+    For example::
 
         @dataclass
         class PostReads(Channel):
