@@ -12,10 +12,8 @@ import pytest
 
 import pgpubsub_celery
 from pgpubsub_celery.cli import main
+from tests.fixtures.pages import DOCS, PAGES, ROOT
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md"])
 _CODE = re.compile(r"^(```|~~~|:::).*?^\1 *$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
