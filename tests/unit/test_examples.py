@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
+import shlex
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from tests.fixtures.pages import PAGES, Block, blocks
+from tests.fixtures.command_lines import PROGRAMS, parse
+from tests.fixtures.pages import PAGES, ROOT, Block, blocks
 
 PYTHON = [block for page in PAGES for block in blocks(page) if block.language == "python"]
 OF_READERS = {"blog", "library", "mysite", "shop"}
@@ -50,3 +54,25 @@ def imported(block: Block) -> Iterator[tuple[str, str | None]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.module is not None, f"{block}: a relative import, of which nobody knows where it leads"
             yield from ((node.module, alias.name) for alias in node.names)
+
+
+COMMAND = re.compile(r"^(?: {4}|\$ |)((?:[A-Z_]+=\S+ )*(?:pgpubsub-bridge|celery) .*)$", re.MULTILINE)
+
+
+def commands() -> Iterator[Any]:
+    """Yield the command lines of the pages: those that stand alone on a line."""
+    for page in PAGES:
+        for line in COMMAND.findall(page.read_text(encoding="utf-8")):
+            words = shlex.split(line, comments=True)
+            while "=" in words[0]:
+                del words[0]
+            words = words[: words.index(">")] if ">" in words else words
+            if "[OPTIONS]" not in words:
+                yield pytest.param(words, id=f"{page.relative_to(ROOT)}: {' '.join(words)}")
+
+
+@pytest.mark.parametrize("words", list(commands()))
+def test_a_command_of_a_page_can_be_given(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options exist, and take such values."""
+    monkeypatch.setenv("PGPUBSUB_DATABASE_URL", "postgresql://blog@localhost/blog")
+    parse(PROGRAMS[words[0]], words)
