@@ -202,6 +202,66 @@ def test_from_on_commit(written: Written, installed_engine: Engine, installed_ur
     assert rows(installed_engine, "SELECT order_id, email FROM receipt") == [(2, "ann@example.org")]
 
 
+BOTO3 = """
+asked = []
+
+
+class Client:
+    def generate_db_auth_token(self, *, DBHostname, Port, DBUsername):
+        asked.append((DBHostname, Port, DBUsername))
+        return "a token"
+
+
+def client(service):
+    assert service == "rds"
+    return Client()
+"""
+LISTENER = """
+from dataclasses import dataclass
+
+from celery import Celery
+from sqlalchemy.orm import Session
+
+from pgpubsub_celery import Channel, channel_task
+
+app = Celery("blog", broker="memory://")
+app.set_default()
+
+
+@dataclass
+class Ping(Channel):
+    lock_notifications = True
+
+
+@channel_task(Ping)
+def answer(session: Session): ...
+"""
+
+
+def test_managed_postgres(
+    written: Written, installed_engine: Engine, installed_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker's connections are the session factory's, each made with a token of its own."""
+    monkeypatch.setenv("DATABASE_URL", installed_url)
+    files = application(GUIDES / "managed-postgres.md")
+    written.write({"boto3.py": BOTO3, "blog/pings.py": LISTENER, **files})
+    pings = written.load("blog.pings")
+    (snippet,) = [
+        block for block in blocks(GUIDES / "managed-postgres.md") if block.language == "python" and block.file is None
+    ]
+    exec(compile(snippet.text, str(snippet), "exec"), {"app": pings.app})
+    install(installed_engine, channels=[pings.Ping])
+    with Session(installed_engine) as session, session.begin():
+        notify(session, pings.Ping())
+    deliveries = Deliveries(pings.app, installed_engine)
+    deliveries.run()
+    assert deliveries.rows() == []
+    url = installed_engine.url
+    asked = written.load("boto3").asked
+    assert set(asked) == {(url.host, url.port, url.username)}
+    written.load("blog.db").engine.dispose()
+
+
 def test_beside_django_pgpubsub_it_needs_a_schema_of_its_own(engine: Engine) -> None:
     """Its table has the name of ours: that is noticed, and the schema that the guide names is the way out."""
     guide = (GUIDES / "from-django-pgpubsub.md").read_text()
