@@ -62,7 +62,7 @@ def send_email(number): ...
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
-def test_first_page(page: str, written: Written, engine: Engine, database_url: str) -> None:
+def test_what_the_first_pages_show_runs(page: str, written: Written, engine: Engine, database_url: str) -> None:
     """What somebody reads first: a row becomes a post, messages are emitted, psql can do so, too."""
     written.write({"blog/models.py": MODELS, "blog/tasks.py": TASK, **application(ROOT / page)})
     app = written.load("blog.celery_app").app
@@ -100,7 +100,9 @@ def test_first_page(page: str, written: Written, engine: Engine, database_url: s
     assert {row["channel"] for row in deliveries.rows()} == {"pgpubsub.enqueue"}  # a bridge publishes that itself
 
 
-def test_fastapi(written: Written, engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_order_by_fastapi_and_its_notification_are_one_transaction(
+    written: Written, engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An order and its notification are one transaction; one that is refused leaves neither."""
     monkeypatch.setenv("DATABASE_URL", database_url.replace("postgresql://", "postgresql+asyncpg://"))
     written.write(application(GUIDES / "fastapi.md"))
@@ -125,7 +127,9 @@ def test_fastapi(written: Written, engine: Engine, database_url: str, monkeypatc
     assert deliveries.rows() == []
 
 
-def test_flask(written: Written, engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flask_sqlalchemy_installs_by_create_all_and_emits_by_its_session(
+    written: Written, engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """create_all() brings the triggers, db.session emits, and listeners have the application's context."""
     monkeypatch.setenv("DATABASE_URL", database_url)
     written.write(application(GUIDES / "flask.md"))
@@ -178,7 +182,9 @@ class Receipt(Base):
 """
 
 
-def test_from_on_commit(written: Written, installed_engine: Engine, installed_url: str) -> None:
+def test_a_task_that_was_sent_on_commit_is_part_of_the_transaction(
+    written: Written, installed_engine: Engine, installed_url: str
+) -> None:
     """The task is in the transaction, under the id that is returned; a rollback takes it back."""
     files = {"shop/celery_app.py": CELERY_APP, "shop/models.py": SHOP, **application(GUIDES / "from-on-commit.md")}
     written.write(files)
@@ -238,7 +244,7 @@ def answer(session: Session): ...
 """
 
 
-def test_managed_postgres(
+def test_a_worker_asks_for_a_token_for_each_connection(
     written: Written, installed_engine: Engine, installed_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker's connections are the session factory's, each made with a token of its own."""

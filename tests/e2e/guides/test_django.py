@@ -93,7 +93,7 @@ def running(folder: Folder, *words: str, program: str) -> Iterator[Running]:
         process.destroy()
 
 
-def test_django(site: Folder, engine: Engine) -> None:
+def test_changes_by_djangos_orm_reach_listeners(site: Folder, engine: Engine) -> None:
     """A migration installs; changes by the ORM, in bulk, and messages in its transactions reach listeners."""
     script = done(site.run(*APP, "install", "--sql"))
     (site.path / "library/migrations/0002_pgpubsub.sql").write_text(script)
