@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from celery.utils.dispatch import Signal
+from docutils import nodes
 
 from pgpubsub_celery import __version__
 
@@ -28,6 +29,7 @@ myst_heading_anchors = 3  # as GitHub: links to headings work in both places
 
 smartquotes = False  # they make a dash of the two in --state
 default_role = "literal"  # docstrings are written with `single` backticks
+autodoc_class_signature = "separated"  # nobody makes a NotificationInfo
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
@@ -40,7 +42,7 @@ nitpick_ignore_regex = [
     # Names of others: to link them, the build would have to fetch their inventories.
     (r"py:.*", r"(builtins|celery|click|collections|contextlib|datetime|sqlalchemy|types|typing|uuid)\..*"),
     # Of the standard library, and of SQLAlchemy, where annotations are written without their module.
-    (r"py:.*", r"(Any|AssertionError|Engine|Exception|ImportError|LookupError|MetaData|RuntimeError|ValueError)"),
+    (r"py:.*", r"(Any|AssertionError|Engine|Exception|ImportError|LookupError|Mapped|MetaData|RuntimeError|ValueError)"),
     (r"py:.*", r"(Callable|ClassVar|Connection|Generic|Iterable|Literal|Mapping|Sequence|Session|Table|TypeError)"),
     # Type variables, and what is in a signature without being public.
     (r"py:.*", r"(.*\.)?[MPR]|(.*\.)?(Acknowledging|Columns|_Base|_SuppressNotifications)"),
@@ -83,6 +85,13 @@ def _examples(app: Any, ctx: Any, lines: list[str]) -> None:
     lines[:] = shown
 
 
+def _dashes(app: Any, doctree: nodes.document) -> None:
+    """Set the two hyphens that Sphinx puts after a parameter's name, which it leaves to smart quotes otherwise."""
+    for text in list(doctree.findall(nodes.Text)):
+        if text == " -- ":
+            text.parent.replace(text, nodes.Text(" – "))
+
+
 # Its own has the arguments in another order each time.
 Signal.__repr__ = lambda self: f"Signal({', '.join(sorted(self.providing_args))})"
 
@@ -93,3 +102,4 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", _keep, priority=100)
     app.connect("autodoc-process-docstring", _restore, priority=900)
     app.connect("sphinx-click-process-epilog", _examples)
+    app.connect("doctree-read", _dashes)
