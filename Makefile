@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format chaos stress bench bench-check clean
+.PHONY: help demo test lint format docs chaos stress bench bench-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,11 @@ lint: $(STAMP) ## Check style, format, types and import layers
 format: $(STAMP) ## Format the code, and fix what ruff can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(STAMP) ## Build the site into build/docs, from docs/ and docstrings; warnings are errors
+	$(BIN)/python docs/settings_table.py
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs build/docs
+	@echo "build/docs/index.html"
 
 chaos: export CHAOS_NOTIFICATIONS ?= 20000
 chaos: export CHAOS_FAULTS ?= 250

@@ -286,7 +286,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def listener(channel: type[Channel], **options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """The reference's name for the listener of a message channel: reads as `channel_task(channel)`."""
+    """django-pgpubsub's name for the listener of a message channel: reads as `channel_task(channel)`."""
     return channel_task(channel, **options)
 
 
@@ -296,7 +296,7 @@ def _reading(on: str, when: str) -> Callable[..., Callable[[Callable[P, R]], Cal
 
     decorator.__name__ = decorator.__qualname__ = f"{when}_{on}_listener"
     decorator.__doc__ = (
-        f"""The reference's name for `channel_task(channel, on={on!r})`. Listeners run after the commit."""
+        f"""django-pgpubsub's name for `channel_task(channel, on={on!r})`. Listeners run after the commit."""
     )
     return decorator
 

@@ -48,6 +48,8 @@ _registry: dict[tuple[str, str], type[Channel]] = {}
 class Channel:
     """A kind of message. Subclass it as a dataclass: fields are the message's, attributes without annotation set it up.
 
+    For example::
+
         @dataclass
         class PostReads(Channel):
             lock_notifications = True

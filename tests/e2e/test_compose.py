@@ -15,19 +15,16 @@ from typing import Any
 import click
 import pytest
 import yaml
-from celery import Celery
-from celery.bin.base import CLIContext
-from celery.bin.celery import celery as celery_command
 from sqlalchemy import Engine, text
 from sqlalchemy.engine import make_url
 
 from pgpubsub_celery.cli import main
+from tests.fixtures.command_lines import PROGRAMS, parse
 from tests.fixtures.processes import BIN, ROOT, Running, eventually
 
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if "build" in service}
-PROGRAMS: dict[str, click.Command] = {"pgpubsub-bridge": main, "celery": celery_command}
 
 
 def commands(words: list[str]) -> Iterator[list[str]]:
@@ -49,21 +46,6 @@ def all_commands() -> Iterator[list[str]]:
 
 
 OUR_COMMANDS = [words for words in all_commands() if words[0] in PROGRAMS]
-
-
-def parse(command: click.Command, words: list[str], parent: click.Context | None = None) -> list[str]:
-    """Parse words as the command does, without running it; return the names of the commands that were found."""
-    context = command.make_context(words[0], words[1:], parent=parent)
-    if command is celery_command:
-        context.obj = CLIContext(
-            app=Celery("any", set_as_current=False), no_color=True, workdir=None
-        )  # what options' defaults need
-    if not isinstance(command, click.Group):
-        assert not context.args
-        return [words[0]]
-    name, child, rest = command.resolve_command(context, [*context._protected_args, *context.args])
-    assert child is not None
-    return [words[0], *parse(child, [str(name), *rest], context)]
 
 
 # The file
