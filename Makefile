@@ -47,8 +47,9 @@ chaos: $(STAMP) ## Kill and cut at random: CHAOS_NOTIFICATIONS, CHAOS_FAULTS, CH
 	$(BIN)/python -m pytest -q tests/chaos $(ARGS)
 
 stress: export STRESS_COMMITS ?= 1000000
-stress: $(STAMP) ## A million commits while bridges sleep, wake, die, hang and reconnect: STRESS_COMMITS, STRESS_SEED
-	$(BIN)/python -m pytest -q tests/stress $(ARGS)
+stress: export STRESS_CLAIM_SCALE ?= 17
+stress: $(STAMP) ## A million commits while bridges sleep, wake, hang and die, and claims from five million rows
+	$(BIN)/python -m pytest -q --timeout=3600 tests/stress tests/integration/test_claim_plan.py $(ARGS)
 
 bench: $(BENCH_STAMP) ## Measure beside peers, and write docs/benchmarks.md: about 20 minutes, on a quiet machine
 	$(BIN)/python -m bench $(ARGS)

@@ -7,6 +7,7 @@ several subscriptions, because a plan that is right for a small table tells noth
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from tests.fixtures.notifications import LEASE, LEASE_MAX, TABLE, Notifications
 
 DATABASE = "claim_plan"
 BATCH = 500
+SCALE = int(os.environ.get("STRESS_CLAIM_SCALE", "1"))
+"""Times 300,000 rows: `make stress` looks at five million."""
 NOISE = 100
 """Pages beyond one for each row claimed: the index, and what explaining has left behind."""
 LITTLE, LARGE, BUSY, DELAYED, SPENT, MORE_LITTLE = range(1, 7)
@@ -60,7 +63,7 @@ class Cost:
 
 @pytest.fixture(scope="module")
 def table(postgres: EmbeddedPostgres, template: str) -> Iterator[Notifications]:
-    """A table without autovacuum, of 300,000 rows at the end; tests leave it as they found it."""
+    """A table without autovacuum, of 300,000 rows or more at the end; tests leave it as they found it."""
     engine = create_engine(sync_url(postgres.create_database(DATABASE, template=template)))
     with engine.begin() as connection:
         connection.execute(text(f"ALTER TABLE {TABLE} SET (autovacuum_enabled = false)"))
@@ -85,14 +88,14 @@ def full(table: Notifications, alone: Cost) -> Iterator[Notifications]:
     with table.engine.connect() as old:
         old.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
         old.execute(text("SELECT 1"))
-        table.add(150_000, subscription=LARGE)
-        table.dispatch(50_000, subscription=BUSY)
+        table.add(SCALE * 150_000, subscription=LARGE)
+        table.dispatch(SCALE * 50_000, subscription=BUSY)
         table.add(BATCH + 100, subscription=BUSY)
-        table.add(50_000, subscription=DELAYED, ago=-3600)
+        table.add(SCALE * 50_000, subscription=DELAYED, ago=-3600)
         table.add(BATCH + 100, subscription=DELAYED)
-        table.add(10_000, subscription=MORE_LITTLE, state="failed")
-        table.add(10_000, subscription=MORE_LITTLE, state="held")
-        table.add(20_000, subscription=SPENT, ago=60)
+        table.add(SCALE * 10_000, subscription=MORE_LITTLE, state="failed")
+        table.add(SCALE * 10_000, subscription=MORE_LITTLE, state="held")
+        table.add(SCALE * 20_000, subscription=SPENT, ago=60)
         table.add(2 * BATCH, subscription=SPENT, ago=30)
         table.execute(
             f"UPDATE {TABLE} SET state = 'dispatched', dispatches = 1, available_at = now() + interval '1 minute' "
