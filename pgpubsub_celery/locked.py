@@ -249,14 +249,27 @@ class _Chunk:
 
     def _commit_inside(self, run: Run) -> None:
         """Acknowledge and commit inside the run, so that Celery tells of a success only once it is true."""
-        self._acknowledge(run.ids)
-        self._transaction.commit()
+        self._acknowledge_and_commit(run.ids)
         self.settled = True
 
     def _acknowledge(self, ids: Sequence[int]) -> None:
         deleted = self._delivery.store.acknowledge_locked(self._connection, ids, self.number)
         if deleted != len(ids):
             raise TransactionEndedError(ENDED)
+
+    def _acknowledge_and_commit(self, ids: Sequence[int]) -> None:
+        # If we die before this, nothing happened: the locks go with the connection, the lease gives the rows back.
+        if not self._transaction.ends_by_text:
+            self._acknowledge(ids)
+            self._transaction.commit()
+            return
+        store, connection = self._delivery.store, self._connection
+
+        def last() -> None:
+            if not store.acknowledge_and_commit(connection, ids, self.number):
+                raise TransactionEndedError(ENDED)
+
+        self._transaction.commit(last)
 
     def settle(self) -> bool:
         """Acknowledge what is done, write the rest, commit; False when the transaction is lost."""
@@ -266,6 +279,9 @@ class _Chunk:
             return False
         try:
             done = [id for run in self.runs if run.outcome == DONE for id in run.ids]
+            if done and not self.left and all(run.outcome == DONE for run in self.runs):
+                self._acknowledge_and_commit(done)
+                return True
             if done:
                 self._acknowledge(done)
             self._delivery.write(self._connection, self.runs, self.left)

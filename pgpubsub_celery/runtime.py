@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 
 from pgpubsub_celery.errors import SettingsError
 from pgpubsub_celery.measuring import Means
+from pgpubsub_celery.roundtrips import autocommitting
 from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.store import Store
 from pgpubsub_celery.transactions import guarding
@@ -46,6 +47,7 @@ class Runtime:
         self._factory = _load_factory(settings.session_factory)
         self._engine: Engine | None = None
         self._guard: Engine | None = None
+        self._autocommit: Engine | None = None
         self._installation: uuid.UUID | None = None
         self._deferrable = False
         self._deferrable_at = float("-inf")
@@ -76,6 +78,7 @@ class Runtime:
             if self._engine is None:
                 self._engine = self._make_engine()
                 self._guard = guarding(self._engine)
+                self._autocommit = autocommitting(self._engine)
             return self._engine
 
     def _make_engine(self) -> Engine:
@@ -104,7 +107,8 @@ class Runtime:
 
     def autocommit(self) -> Connection:
         """Return a connection on which each statement is its own transaction."""
-        return self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        engine = self.engine
+        return (self._autocommit or engine).connect()
 
     def session(self, connection: Connection) -> Session:
         """Return a fresh session on `connection` whose commits and rollbacks end at a savepoint."""

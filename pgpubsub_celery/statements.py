@@ -194,6 +194,15 @@ ACKNOWLEDGE_LOCKED = """
 DELETE FROM {n} n WHERE n.id = ANY (CAST(:ids AS bigint[])) AND pg_current_xact_id()::text = :transaction
 """
 
+# The last result is COMMIT's, so a number of rows that is not the expected one must be an error: 22012.
+ACKNOWLEDGE_AND_COMMIT = """
+WITH gone AS (
+    DELETE FROM {n} n WHERE n.id = ANY (CAST(:ids AS bigint[])) AND pg_current_xact_id()::text = :transaction
+    RETURNING n.id
+)
+SELECT 1 / CASE WHEN count(*) = cardinality(CAST(:ids AS bigint[])) THEN 1 ELSE 0 END FROM gone; COMMIT
+"""
+
 ACKNOWLEDGE_COMMITTED = """
 DELETE FROM {n} n WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'dispatched' AND n.dispatches = :dispatches
 """

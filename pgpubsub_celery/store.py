@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, TextClause, text
+from sqlalchemy.exc import DBAPIError
 
 from pgpubsub_celery import statements as sql
 from pgpubsub_celery.prepared import Prepared
@@ -148,6 +149,7 @@ class Store:
         self._count_start = _sql(sql.COUNT_START, n=n)
         self._take_locked = _sql(sql.TAKE_LOCKED, n=n, taken=sql.TAKEN)
         self._acknowledge_locked = _sql(sql.ACKNOWLEDGE_LOCKED, n=n)
+        self._acknowledge_and_commit = _sql(sql.ACKNOWLEDGE_AND_COMMIT, n=n)
         self._take_owned = _sql(sql.TAKE_OWNED, n=n, taken=sql.TAKEN)
         self._acknowledge_owned = _sql(sql.ACKNOWLEDGE_OWNED, n=n)
         self._is_owned = _sql(sql.IS_OWNED, n=n)
@@ -381,6 +383,19 @@ class Store:
         return connection.execute(
             self._acknowledge_locked, {"ids": list(ids), "transaction": str(transaction)}
         ).rowcount
+
+    def acknowledge_and_commit(self, connection: Connection, ids: Sequence[int], transaction: int) -> bool:
+        """Do the same and commit, in one round trip, where the driver lets a transaction be ended by text.
+
+        False, and nothing is committed, when not all of them could be deleted.
+        """
+        try:
+            connection.execute(self._acknowledge_and_commit, {"ids": list(ids), "transaction": str(transaction)})
+        except DBAPIError as exc:
+            if getattr(exc.orig, "pgcode", None) != "22012":  # psycopg2's: no other driver can
+                raise
+            return False
+        return True
 
     def has_deferrable(self, connection: Connection) -> bool:
         """Whether any constraint of the database can be checked as late as COMMIT."""

@@ -9,14 +9,14 @@ itself, and never decides what becomes of a notification.
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DBAPIError
 
+from pgpubsub_celery import roundtrips
 from pgpubsub_celery.errors import TransactionEndedError
 
 ENDED = (
@@ -78,12 +78,17 @@ class Transaction:
         """Whether the transaction is still open."""
         return self._connection.in_transaction() and not self._connection.invalidated
 
-    def commit(self) -> None:
-        """Commit; DBAPIError when the server refused or the connection was lost."""
+    def commit(self, last: Callable[[], object] | None = None) -> None:
+        """Commit; DBAPIError when the server refused or the connection was lost.
+
+        `last` sends a last statement that has COMMIT with it; only where `ends_by_text`.
+        """
         if not self.alive():
             raise TransactionEndedError(ENDED)
         self._ours = True
         try:
+            if last is not None:
+                last()
             self._connection.commit()
             self._committed = True
         except DBAPIError:
@@ -91,6 +96,11 @@ class Transaction:
             raise
         finally:
             self._ours = False
+
+    @property
+    def ends_by_text(self) -> bool:
+        """Whether COMMIT may go with the last statement."""
+        return self.alive() and roundtrips.ends_by_text(self._connection)
 
     def start_run(self) -> None:
         """A listener is about to be given a session in this transaction."""
@@ -115,13 +125,12 @@ def guarding(engine: Engine) -> Engine:
     READ COMMITTED, which row locks rely on. The engine that was given, which may be the application's own, stays as it
     is.
     """
-    guard = engine.execution_options(isolation_level="READ COMMITTED")
-    dialect: Any = copy.copy(engine.dialect)
+    guard, dialect = roundtrips.saving(engine)
+    dialect.do_begin = _begin
     dialect.do_savepoint = _set_savepoint
     dialect.do_rollback_to_savepoint = _roll_back_to_savepoint
     dialect.do_release_savepoint = _release_savepoint
-    guard.dialect = dialect
-    event.listen(guard, "before_cursor_execute", _before_cursor_execute)
+    event.listen(guard, "before_cursor_execute", _before_cursor_execute, retval=True)
     event.listen(guard, "commit", _before_end)
     event.listen(guard, "rollback", _before_end)
     return guard
@@ -129,10 +138,18 @@ def guarding(engine: Engine) -> Engine:
 
 def _before_cursor_execute(
     conn: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
-) -> None:
+) -> tuple[str, Any]:
     transaction = conn.info.get(_KEY)
     if transaction is not None:
         transaction.check_statement(statement)
+    # What is executed many times, or declares a cursor at the server, is one statement and no more.
+    apart = executemany or getattr(context, "_is_server_side", False)
+    return roundtrips.opening(conn, apart=apart) + statement, parameters
+
+
+def _begin(proxy: Any) -> None:
+    # Who is not a delivery may send what does not go through SQLAlchemy.
+    roundtrips.begin(proxy, by_text=_KEY in proxy.info)
 
 
 def _before_end(conn: Connection) -> None:
@@ -190,6 +207,7 @@ def _healthy(connection: Connection) -> bool:
 
 def _send(connection: Connection, statement: str) -> None:
     """Execute without parameters and results; an error comes as SQLAlchemy's, as from any statement."""
+    statement = roundtrips.opening(connection) + statement
     dialect: Any = connection.dialect
     try:
         cursor = connection.connection.cursor()
