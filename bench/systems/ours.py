@@ -10,6 +10,7 @@ from bench.systems import WORKER, System
 CHANNELS = {
     "rows": "ItemRows",
     "keys": "ItemKeys",
+    "floor": "ItemKeys",
     "owned": "ItemOwned",
     "drained": "ItemDrained",
     "work": "Work",
