@@ -115,6 +115,9 @@ def test_what_a_message_is_like_is_asked_once_for_each_connection(app: Celery, m
         return send_task(self, name, *args, **options)
 
     monkeypatch.setattr(Celery, "send_task", counting)
+    # Applications of other tests have receivers.
+    for signal in (signals.before_task_publish, signals.after_task_publish):
+        monkeypatch.setattr(signal, "receivers", [])
     publisher = Publisher()
     for _ in range(2):
         with app.connection_for_write() as connection, app.amqp.Producer(connection, auto_declare=False) as producer:

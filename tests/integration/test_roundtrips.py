@@ -33,6 +33,7 @@ def app(proxy: CountingProxy) -> Iterator[Celery]:
     """A worker's application."""
     app = Celery("trips", broker="memory://", set_as_current=False)
     app.conf.pgpubsub_database_url = proxy.url
+    app.conf.pgpubsub_bundle_target = 60  # a busy machine is not to cut a bundle short
     yield app
     Runtime.of(app).engine.dispose()
     app.close()

@@ -67,6 +67,7 @@ def app(installed_url: str) -> Iterator[Celery]:
     """An application on the test's database."""
     app = Celery("signals", broker="memory://", set_as_current=True)
     app.conf.pgpubsub_database_url = installed_url
+    app.conf.pgpubsub_bundle_target = 60  # a busy machine is not to cut a bundle short
     yield app
     app.close()
 

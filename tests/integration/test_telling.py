@@ -23,6 +23,7 @@ def app(installed_url: str) -> Iterator[Celery]:
     """An application on the test's database."""
     app = Celery("telling", broker="memory://", set_as_current=False)
     app.conf.pgpubsub_database_url = installed_url
+    app.conf.pgpubsub_bundle_target = 60  # a busy machine is not to cut a bundle short
     app.conf.task_default_queue = "telling"
     yield app
     app.close()
