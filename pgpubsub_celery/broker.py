@@ -8,19 +8,21 @@ lost message is not. Never touches the database.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import kombu.exceptions
-from amqp.exceptions import ChannelError, MessageNacked
+from amqp.exceptions import Blocked, ChannelError, MessageNacked
 from celery import Celery
 from celery.result import denied_join_result
 from kombu import Connection, Producer
 from kombu.exceptions import KombuError
 from kombu.exceptions import OperationalError as KombuOperationalError
 
+from pgpubsub_celery.confirms import UNKNOWN, Confirms, Errors
 from pgpubsub_celery.errors import BrokerError
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class Broker:
         self._timeout = timeout
         self._connection: Connection | None = None
         self._producer: Producer | None = None
+        self._confirms: Confirms | None = None
         # Remembered beyond the connection, which is dropped before anybody asks what its error meant.
         self._outage_errors: tuple[type[BaseException], ...] = _OUTAGES
         self._refusals: tuple[type[BaseException], ...] = (MessageNacked,)
@@ -68,10 +71,33 @@ class Broker:
     def publish(self, publications: Sequence[Publication]) -> list[BaseException | None]:
         """Publish in order; return None for each confirmed message, else why it does not count as published.
 
-        Redis: one pipeline, confirmed by its reply. RabbitMQ: publisher confirms, awaited for each message. After a
-        connection error the rest is not tried. One message that cannot be built or encoded, or that RabbitMQ refuses
-        (its queue is full, or has other arguments than declared), does not hold up others.
+        Redis: one pipeline, confirmed by its reply. RabbitMQ: publisher confirms, awaited together (`confirms`).
+        After a connection error the rest is not tried. One message that cannot be built or encoded, or that RabbitMQ
+        refuses (its queue is full, gone, or has other arguments than declared), does not hold up others.
         """
+        try:
+            self._acquire(fresh=True)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, no message is to blame
+            self._drop_after(exc)
+            return [self._outage(exc)] * len(publications)
+        if self._confirms is None:
+            return self._publish_unconfirmed(publications)
+        return self._publish_confirmed(self._confirms, publications)
+
+    def _publish_confirmed(self, confirms: Confirms, publications: Sequence[Publication]) -> list[BaseException | None]:
+        with denied_join_result():
+            outcomes, error = confirms.publish(
+                [functools.partial(publication, self._app) for publication in publications],
+                Errors(refusals=self._refusals, outages=self._outage_errors),
+            )
+        if error is None:
+            return outcomes
+        self._drop_after(error)
+        outage = self._outage(error)
+        return [outage if outcome is UNKNOWN else outcome for outcome in outcomes]
+
+    def _publish_unconfirmed(self, publications: Sequence[Publication]) -> list[BaseException | None]:
+        """Publish where the transport tells of what it has published at once, or of a pipeline as one."""
         outcomes: list[BaseException | None] = [None] * len(publications)
         position = 0
         pipelined = False
@@ -116,13 +142,18 @@ class Broker:
         return outage
 
     def reachable(self) -> BaseException | None:
-        """Try to connect; None when the broker answers, else the error."""
+        """Try to connect; None when the broker answers and takes messages, else the error."""
         try:
-            self._acquire()
+            self._acquire(fresh=True)
         except Exception as exc:  # noqa: BLE001 - whatever the transport raises is the answer
-            self.close()
+            self._drop_after(exc)
             return exc
         return None
+
+    def _drop_after(self, error: Exception) -> None:
+        """Drop the connection, unless the broker has only said that it is full: it will say when it is not any more."""
+        if not isinstance(error, Blocked):
+            self.close()
 
     def is_outage(self, error: BaseException) -> bool:
         """Whether `error` is the broker's, not the message's: connection lost, refused, full, too slow."""
@@ -135,14 +166,23 @@ class Broker:
 
     def close(self) -> None:
         """Drop the connection; the next publish makes a new one."""
-        connection, self._connection, self._producer = self._connection, None, None
+        connection, self._connection, self._producer, self._confirms = self._connection, None, None, None
         if connection is not None:
             try:
                 connection.release()
             except (OSError, KombuError, ValueError, AttributeError) as exc:
                 logger.debug("Closing the broker connection failed: %s", exc)
 
-    def _acquire(self) -> Producer:
+    def _acquire(self, *, fresh: bool = False) -> Producer:
+        """Return the producer; `fresh`: where the broker can say so, not one whose connection was lost meanwhile."""
+        if fresh and self._confirms is not None:
+            try:
+                self._confirms.refresh()
+            except Blocked:
+                raise
+            except Exception as exc:  # noqa: BLE001 - it cost no message
+                logger.debug("The broker connection was lost while there was nothing to publish: %s", exc)
+                self.close()
         if self._producer is None:
             # Without a heartbeat, which nobody would send while there is nothing to publish.
             connection = self._app.connection_for_write(connect_timeout=self._timeout, heartbeat=0)
@@ -154,6 +194,8 @@ class Broker:
             self._refusals = (MessageNacked, *connection.channel_errors)
             connection.ensure_connection(**self._attempts(connection), timeout=self._timeout)
             self._producer = self._app.amqp.Producer(connection, auto_declare=False)
+            if connection.transport.driver_name == "py-amqp":
+                self._confirms = Confirms(connection, self._producer, timeout=self._timeout)
         return self._producer
 
     def _transport_options(self, connection: Connection) -> dict[str, Any]:
@@ -169,7 +211,9 @@ class Broker:
                 "retry_on_timeout": False,
             }
         elif connection.transport.driver_type == "amqp":
-            options |= {"confirm_publish": True, "read_timeout": self._timeout, "write_timeout": self._timeout}
+            # Each by itself, for other drivers than ours.
+            confirm = connection.transport.driver_name != "py-amqp"
+            options |= {"confirm_publish": confirm, "read_timeout": self._timeout, "write_timeout": self._timeout}
         return options
 
     @staticmethod
