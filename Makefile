@@ -12,10 +12,10 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs chaos stress bench bench-check clean
+.PHONY: help demo test test-rabbitmq lint format docs chaos stress bench bench-check clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## Show notifications become finished tasks: Postgres, Valkey, bridge and worker as real processes
 	$(BIN)/pgpubsub-bridge demo --once
@@ -24,6 +24,10 @@ demo: $(STAMP) ## Show notifications become finished tasks: Postgres, Valkey, br
 # a server pair of its own. More than four would only wait for each other's disk.
 test: $(STAMP) ## Run all tests, with their own Postgres and Valkey
 	$(BIN)/python -m pytest -q --durations=10 -n logical --maxprocesses=4 --dist=worksteal $(ARGS)
+
+# Not a part of `test`: its server is no wheel. Without one every test fails, and says what to install.
+test-rabbitmq: $(STAMP) ## Run the tests on a real RabbitMQ, with a node of their own: needs the package rabbitmq-server
+	$(BIN)/python -m pytest -q --durations=5 tests/rabbitmq $(ARGS)
 
 lint: $(STAMP) ## Check style, format, types and import layers
 	$(BIN)/ruff check

@@ -152,8 +152,12 @@ class Broker:
 
     def _drop_after(self, error: Exception) -> None:
         """Drop the connection, unless the broker has only said that it is full: it will say when it is not any more."""
-        if not isinstance(error, Blocked):
-            self.close()
+        if isinstance(error, Blocked):
+            return
+        if self._confirms is not None and self._connection is not None:
+            # Without a farewell, which a broker that hangs does not answer.
+            self._connection.collect()
+        self.close()
 
     def is_outage(self, error: BaseException) -> bool:
         """Whether `error` is the broker's, not the message's: connection lost, refused, full, too slow."""

@@ -73,6 +73,15 @@ def test_every_folder_of_tests_is_a_package() -> None:
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
+def test_make_test_runs_every_folder_of_tests_but_those_with_a_target_of_their_own() -> None:
+    """A new folder is not forgotten: plain `pytest` runs what pyproject.toml lists."""
+    project = (TESTS.parent / "pyproject.toml").read_text(encoding="utf-8")
+    listed = next(line for line in project.splitlines() if line.startswith("testpaths"))
+    folders = {f"tests/{file.relative_to(TESTS).parts[0]}" for file in FILES if file.name.startswith("test_")}
+    assert {folder for folder in folders if f'"{folder}"' not in listed} == {"tests/rabbitmq"}
+    assert "tests/rabbitmq" in (TESTS.parent / "Makefile").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("file", [file for file in FILES if file.name.startswith("test_")], ids=lambda file: file.stem)
 def test_every_file_of_tests_says_what_it_is_about(file: Path) -> None:
     """In one line that a reader looking for a promise can find."""
