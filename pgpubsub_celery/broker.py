@@ -91,6 +91,8 @@ class Broker:
                 Errors(refusals=self._refusals, outages=self._outage_errors),
             )
         if error is None:
+            if confirms.is_outdated:
+                self.close()
             return outcomes
         self._drop_after(error)
         outage = self._outage(error)

@@ -79,6 +79,8 @@ class Confirms:
         self._position = 0
         self._closed: ChannelError | None = None
         self._blocked = False
+        self.is_outdated = False
+        """Somebody has deleted a queue: what this connection has declared is to be declared again, by another one."""
         amqp_connection: Any = connection.connection
         amqp_connection.on_blocked = self._on_blocked
         amqp_connection.on_unblocked = self._on_unblocked
@@ -275,8 +277,7 @@ class Confirms:
             logger.warning("%s, and one that came back is not known here", told)
         else:
             self._failed.setdefault(position, ChannelError(told))
-        # Somebody has deleted the queue: the next attempt declares it again.
-        self._connection.declared_entities.clear()
+        self.is_outdated = True
 
     def _on_blocked(self, _: str) -> None:
         self._blocked = True

@@ -6,6 +6,7 @@ What a real RabbitMQ says is tests/rabbitmq's to show.
 from __future__ import annotations
 
 import functools
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ from celery import Celery
 from kombu import Producer
 
 from pgpubsub_celery.broker import Broker, Publication
+from pgpubsub_celery.messages import Envelope, Message
+from pgpubsub_celery.publishing import Publisher as MessagePublisher
 from tests.fixtures.amqp_stub import BLOCK, CLOSE, DROP, NACK, RETURN, SILENCE, AmqpStub
 from tests.fixtures.processes import eventually
 
@@ -98,12 +101,22 @@ def test_a_message_that_is_nacked_or_comes_back_is_refused_and_no_other(
 
 
 def test_a_queue_that_has_gone_is_declared_anew_by_the_next_attempt(stub: AmqpStub, publisher: Publisher) -> None:
-    """Somebody has deleted it: what was declared before says nothing any more."""
-    assert publisher.publish(1, 2) == ["confirmed"] * 2
+    """Somebody has deleted it: what was declared before, and is remembered of a task's messages, is out of date."""
+    publisher.app.task(lambda **_: None, name="confirms.task", ignore_result=True)
+    publisher.app.finalize()
+    remembering = MessagePublisher()
+
+    def of_listener(number: int) -> Publication:
+        envelope = Envelope(installation=uuid.uuid4(), channel="c", listener="l", dispatches=1, ids=(number,))
+        message = Message(task="confirms.task", task_id=str(uuid.uuid4()), envelope=envelope)
+        return functools.partial(remembering.publish, message)
+
+    assert publisher.publish(of_listener(1), of_listener(2)) == ["confirmed"] * 2
+    assert publisher.publish(of_listener(3)) == ["confirmed"]
     assert stub.declared == ["celery"]
-    stub.verdicts = {3: RETURN}
-    assert publisher.publish(3) == ["refused"]
-    assert publisher.publish(4) == ["confirmed"]
+    stub.verdicts = {4: RETURN}
+    assert publisher.publish(of_listener(4)) == ["refused"]
+    assert publisher.publish(of_listener(5)) == ["confirmed"]
     assert stub.declared == ["celery", "celery"]
 
 
