@@ -102,8 +102,11 @@ def test_a_message_that_is_nacked_or_comes_back_is_refused_and_no_other(
 
 def test_a_queue_that_has_gone_is_declared_anew_by_the_next_attempt(stub: AmqpStub, publisher: Publisher) -> None:
     """Somebody has deleted it: what was declared before, and is remembered of a task's messages, is out of date."""
-    publisher.app.task(lambda **_: None, name="confirms.task", ignore_result=True)
-    publisher.app.finalize()
+
+    @publisher.app.task(name="confirms.task", ignore_result=True, shared=False)
+    def listener(**_: Any) -> None:
+        raise AssertionError("published only")
+
     remembering = MessagePublisher()
 
     def of_listener(number: int) -> Publication:
