@@ -100,7 +100,8 @@ def run(control: Control, options: ListenOptions) -> None:
     app = load_app(options.app)
     settings = Settings.load(app.conf, **options.settings)
     control.replacement = control.replacement or options.resume
-    Bridge(app, settings, select_channels(options.channels), control, recover=options.recover).run()
+    channels = select_channels(options.channels, settings.database)
+    Bridge(app, settings, channels, control, recover=options.recover).run()
 
 
 class Bridge:

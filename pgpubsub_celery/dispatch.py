@@ -30,7 +30,7 @@ from pgpubsub_celery.listeners import Listener, listeners_of
 from pgpubsub_celery.messages import Address, Envelope, Message, build_messages
 from pgpubsub_celery.publishing import Publisher
 from pgpubsub_celery.runs import one_line
-from pgpubsub_celery.settings import Settings
+from pgpubsub_celery.settings import DEFAULT_DATABASE, Settings
 from pgpubsub_celery.signatures import publish_signature
 from pgpubsub_celery.store import Claimed, Measured, Store
 
@@ -85,6 +85,8 @@ class Dispatcher:
         self._broker = broker
         self._installation = installation
         self._settings = settings
+        # As messages have been until there were several databases.
+        self._database = None if settings.database == DEFAULT_DATABASE else settings.database
         # Used by the thread that publishes, which is one at a time.
         self._publisher = Publisher()
         self._listeners: Mapping[int, Listener] = {}
@@ -117,7 +119,7 @@ class Dispatcher:
         }
         enqueued = [row for row in claimed if self._listeners[row.subscription].channel is EnqueuedTask]
         others = [row for row in claimed if self._listeners[row.subscription].channel is not EnqueuedTask]
-        messages = build_messages(others, addresses, self._installation)
+        messages = build_messages(others, addresses, self._installation, self._database)
         publications: list[Publication] = [functools.partial(_publish_enqueued, row) for row in enqueued]
         publications += [functools.partial(self._publisher.publish, message) for message in messages]
         speaks_for = [[(row.id, row.dispatches)] for row in enqueued] + [message.claimed for message in messages]
@@ -161,6 +163,7 @@ class Dispatcher:
                         channel=channel.name(),
                         listener=listener.name,
                         carried=(carried,),
+                        database=self._database,
                     )
                     one = Message(task=listener.name, task_id=str(uuid.uuid4()), envelope=envelope)
                     publications.append(functools.partial(self._publisher.publish, one))

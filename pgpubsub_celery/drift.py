@@ -20,6 +20,7 @@ from pgpubsub_celery.emit import ENQUEUE_LISTENER, EnqueuedTask
 from pgpubsub_celery.errors import PgPubSubError
 from pgpubsub_celery.listeners import Listener, listeners_of
 from pgpubsub_celery.schema import VERSION, Function, Names, functions, quote_identifier
+from pgpubsub_celery.settings import DEFAULT_DATABASE
 from pgpubsub_celery.subscriptions import (
     ChannelRow,
     Row,
@@ -40,10 +41,10 @@ _DIALECT = PGDialect(paramstyle="named")  # type: ignore[no-untyped-call]
 # What is wanted
 
 
-def select(channels: Sequence[type[Channel] | str] | None) -> list[type[Channel]]:
-    """Return the channels to install, given as classes or paths, with the one of `enqueue`; None for all."""
+def select(channels: Sequence[type[Channel] | str] | None, database: str = DEFAULT_DATABASE) -> list[type[Channel]]:
+    """Return the channels to install, given as classes or paths, with the one of `enqueue`; None for the database's."""
     if channels is None:
-        selected = registered_channels()
+        selected = registered_channels(database)
     else:
         selected = []
         for given in channels:

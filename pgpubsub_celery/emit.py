@@ -25,8 +25,15 @@ from sqlalchemy.exc import DBAPIError
 
 from pgpubsub_celery import announcements
 from pgpubsub_celery.binds import connection_of, explain, run_in, session_or_connection
-from pgpubsub_celery.channels import Channel, TriggerChannel, check_declared, find_channel
-from pgpubsub_celery.errors import ChannelError, PayloadError
+from pgpubsub_celery.channels import (
+    EVERY_DATABASE,
+    Channel,
+    TriggerChannel,
+    check_declared,
+    databases_of,
+    find_channel,
+)
+from pgpubsub_celery.errors import ChannelError, PayloadError, SettingsError
 from pgpubsub_celery.listeners import MESSAGE, Listener, register_listener
 from pgpubsub_celery.payload import build_message, encode_message
 from pgpubsub_celery.schema import Names
@@ -37,7 +44,7 @@ from pgpubsub_celery.scopes import (
     set_notification_context,
     suppress_notifications,
 )
-from pgpubsub_celery.settings import Settings
+from pgpubsub_celery.settings import DEFAULT_DATABASE, Settings
 from pgpubsub_celery.signatures import Prepared, load_signature, publish_signature
 from pgpubsub_celery.tracing import with_trace
 
@@ -69,6 +76,7 @@ class EnqueuedTask(Channel):
     """The built-in channel of `enqueue`: its payload is a Celery signature, its listener the bridge itself."""
 
     channel_name = "pgpubsub.enqueue"
+    database = EVERY_DATABASE
     lock_notifications = True
     acknowledge = "published"
 
@@ -295,7 +303,7 @@ def _send(
     due: tuple[datetime.datetime | None, float | None],
     context: str | None,
 ) -> int:
-    schema = current_schema()
+    schema = schema_for([group.channel for group in groups], connection, caller)
     values: dict[str, Any] = {"eta": due[0], "countdown": due[1], "context": context}
     for position, group in enumerate(groups):
         values[f"channel_{position}"] = group.channel.name()
@@ -397,23 +405,62 @@ def _plain(context: Any) -> Any:
     return None if traced is None else dict(traced)
 
 
-_schemas: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-_schema_without_app: str | None = None
+DATABASE_OPTION = "pgpubsub_database"
+"""An execution option of connections and engines: the alias of their database, where nothing else tells it."""
+
+_schemas: weakref.WeakKeyDictionary[Any, Mapping[str, str]] = weakref.WeakKeyDictionary()
+_schemas_without_app: Mapping[str, str] | None = None
 
 
-def current_schema() -> str:
+def current_schema(database: str = DEFAULT_DATABASE) -> str:
     """Return the schema of the functions: PGPUBSUB_SCHEMA, or what the current Celery application has configured.
 
     Read once for each application, and for the process without one.
     """
-    global _schema_without_app
+    schemas = _current_schemas()
+    return schemas[database if database in schemas else DEFAULT_DATABASE]
+
+
+def schema_for(channels: Iterable[type[Channel]], connection: Connection, caller: str) -> str:
+    """Return the schema of the functions in the database that a connection is of.
+
+    Which of several databases that is, a connection does not say; where their schemas differ, its execution option or
+    the channels do.
+
+    Raises:
+        SettingsError: they do not, either.
+    """
+    schemas = _current_schemas()
+    if len(set(schemas.values())) == 1:
+        return schemas[DEFAULT_DATABASE]
+    named = connection.get_execution_options().get(DATABASE_OPTION)
+    if named is not None:
+        return current_schema(named)
+    aliases = {alias for channel in channels for alias in databases_of(channel)}
+    found = {current_schema(alias) for alias in aliases}
+    if len(found) == 1 and EVERY_DATABASE not in aliases:
+        return found.pop()
+    told = ", ".join(f"{alias!r}: {schema!r}" for alias, schema in schemas.items())
+    raise SettingsError(
+        f"{caller}(): the databases have different schemas ({told}), and nothing tells which of them the connection is "
+        f"of: pass an engine with create_engine(…, execution_options={{{DATABASE_OPTION!r}: ALIAS}})."
+    )
+
+
+def _current_schemas() -> Mapping[str, str]:
+    global _schemas_without_app
     # get_current_app() would make one where there is none: a writer need not have one.
     app = _state._tls.current_app or _state.default_app  # noqa: SLF001
     if app is None:
-        if _schema_without_app is None:
-            _schema_without_app = Settings.load().schema
-        return _schema_without_app
+        if _schemas_without_app is None:
+            _schemas_without_app = _read_schemas(None)
+        return _schemas_without_app
     found = _schemas.get(app)
     if found is None:
-        found = _schemas[app] = Settings.load(app.conf).schema
+        found = _schemas[app] = _read_schemas(app.conf)
     return found
+
+
+def _read_schemas(conf: Any) -> Mapping[str, str]:
+    aliases = Settings.load(conf, database=DEFAULT_DATABASE).aliases
+    return {alias: Settings.load(conf, database=alias).schema for alias in aliases}

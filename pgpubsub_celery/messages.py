@@ -42,6 +42,8 @@ class Envelope:
     """How often each of the ids had been retried; never, where it is left out."""
     carried: tuple[Mapping[str, Any], ...] = ()
     """For messages without rows: operation, payload, context, created_at, db_version of each."""
+    database: str | None = None
+    """The alias of the database, where it is not the default one. A hint: the installation decides."""
 
     def __post_init__(self) -> None:
         if not self.retries:
@@ -55,6 +57,8 @@ class Envelope:
             "channel": self.channel,
             "listener": self.listener,
         }
+        if self.database is not None:
+            body["database"] = self.database
         if self.carried:
             body["carried"] = [dict(one) for one in self.carried]
         else:
@@ -102,6 +106,7 @@ class Envelope:
             ids=tuple(int(id) for id in ids),
             retries=retries,
             carried=tuple(carried),
+            database=None if body.get("database") is None else str(body["database"]),
         )
 
 
@@ -142,9 +147,12 @@ class Address:
 
 
 def build_messages(
-    claimed: Iterable[Claimed], addresses: Mapping[int, Address], installation: uuid.UUID
+    claimed: Iterable[Claimed],
+    addresses: Mapping[int, Address],
+    installation: uuid.UUID,
+    database: str | None = None,
 ) -> list[Message]:
-    """Return the messages for claimed rows, in the rows' order.
+    """Return the messages for claimed rows, in the rows' order; `database` is for their envelopes.
 
     First dispatches of one listener share messages of up to its bundle size; a row dispatched before is a suspect
     and travels alone, or one poison row would kill its neighbours again and again.
@@ -162,7 +170,9 @@ def build_messages(
         for group in _chunks(rows, addresses[subscription].bundle)
     ]
     groups.sort(key=lambda group: group[1][0].id)
-    return [_message(addresses[subscription], subscription, group, installation) for subscription, group in groups]
+    return [
+        _message(addresses[subscription], subscription, group, installation, database) for subscription, group in groups
+    ]
 
 
 def _chunks(rows: Sequence[Claimed], size: int) -> Iterator[Sequence[Claimed]]:
@@ -170,7 +180,9 @@ def _chunks(rows: Sequence[Claimed], size: int) -> Iterator[Sequence[Claimed]]:
         yield rows[start : start + size]
 
 
-def _message(address: Address, subscription: int, rows: Sequence[Claimed], installation: uuid.UUID) -> Message:
+def _message(
+    address: Address, subscription: int, rows: Sequence[Claimed], installation: uuid.UUID, database: str | None
+) -> Message:
     carried: tuple[Mapping[str, Any], ...] = ()
     if address.carries:
         carried = tuple(
@@ -197,5 +209,6 @@ def _message(address: Address, subscription: int, rows: Sequence[Claimed], insta
             ids=tuple(row.id for row in rows),
             retries=tuple(row.retries for row in rows),
             carried=carried,
+            database=database,
         ),
     )

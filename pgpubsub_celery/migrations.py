@@ -20,7 +20,7 @@ from pgpubsub_celery.emit import current_schema
 from pgpubsub_celery.errors import NotInstalledError, PgPubSubError
 from pgpubsub_celery.schema import EMIT_FUNCTIONS, Names, quote_identifier
 from pgpubsub_celery.script import install_script
-from pgpubsub_celery.settings import Settings
+from pgpubsub_celery.settings import DEFAULT_DATABASE, Settings
 from pgpubsub_celery.subscriptions import execute_literally, match, read_channels, read_subscriptions
 from pgpubsub_celery.subscriptions import register as register_subscriptions
 from pgpubsub_celery.trigger_drift import Step
@@ -47,6 +47,7 @@ def install(
     prune: bool = False,
     lock_timeout: float = 10.0,
     schema: str | None = None,
+    database: str = DEFAULT_DATABASE,
 ) -> list[str]:
     """Make the database what this release needs: tables, functions, channels, subscriptions and triggers.
 
@@ -56,10 +57,11 @@ def install(
 
     Args:
         bind: an Engine or Connection of a role that may create in the schema and owns the tables of trigger channels.
-        channels: only these, as classes or module paths. Default: all that are registered.
+        channels: only these, as classes or module paths. Default: all that are registered and in the `database`.
         prune: also remove what no registered listener or channel wants any more; never what notifications wait for.
         lock_timeout: seconds to keep trying for the lock on a table that others use.
         schema: of this package's tables and functions. Default: the setting `schema`.
+        database: the alias of this database, where there are several (the setting `databases`).
 
     Returns:
         What was missing or different, one line each; what could not be removed says so.
@@ -68,8 +70,8 @@ def install(
         PgPubSubError: a lock or right is not to be had, a table of a channel does not exist, or the database is of a
             newer release; says which and what to do.
     """
-    names = _names(schema)
-    selected = drift.select(channels)
+    names = _names(schema, database)
+    selected = drift.select(channels, database)
     attempts = Attempts(bind, "install", names.schema, lock_timeout)
     done = attempts.run(_OWN, _install_own, names, selected)
     present = attempts.run(_OWN, drift.with_triggers, names, selected)
@@ -77,10 +79,10 @@ def install(
         done += attempts.run(f"the table {table}", _install_triggers, names, table, wanted)
     if prune:
         # Triggers first: what they store is for the subscriptions.
-        for step in attempts.run(_OWN, trigger_drift.unwanted_triggers, names):
+        for step in attempts.run(_OWN, trigger_drift.unwanted_triggers, names, database):
             done += attempts.run(step.what, _execute, [step])
-        done += attempts.run(_OWN, _remove_unused_functions, names)
-        done += attempts.run(_OWN, _prune, names)
+        done += attempts.run(_OWN, _remove_unused_functions, names, database)
+        done += attempts.run(_OWN, _prune, names, database)
     return done
 
 
@@ -89,6 +91,7 @@ def check(
     *,
     channels: Sequence[type[Channel] | str] | None = None,
     schema: str | None = None,
+    database: str = DEFAULT_DATABASE,
 ) -> list[str]:
     """Return how the database differs from what this release needs, one line each; an empty list when it does not.
 
@@ -97,27 +100,38 @@ def check(
     Raises:
         PgPubSubError: the database is of a newer release, or another role's.
     """
-    names = _names(schema)
-    selected = drift.select(channels)
+    names = _names(schema, database)
+    selected = drift.select(channels, database)
     steps = drift.own_steps(connection, names, selected)
     present = drift.with_triggers(connection, names, selected)
     for table, wanted in trigger_drift.definitions(names, present).items():
         steps += trigger_drift.trigger_steps(connection, names, table, wanted)
     if channels is None:
-        steps += trigger_drift.unwanted_triggers(connection, names) + trigger_drift.unused_functions(connection, names)
+        steps += trigger_drift.unwanted_triggers(connection, names, database)
+        steps += trigger_drift.unused_functions(connection, names, database)
     return [step.what for step in steps]
 
 
-def install_sql(*, channels: Sequence[type[Channel] | str] | None = None, schema: str | None = None) -> str:
+def install_sql(
+    *,
+    channels: Sequence[type[Channel] | str] | None = None,
+    schema: str | None = None,
+    database: str = DEFAULT_DATABASE,
+) -> str:
     """Return what `install` does as a script for somebody else to run, idempotent, too.
 
     Renamed channels and listeners are left to the first bridge of the release, which renames them.
     """
-    return install_script(_names(schema), drift.select(channels))
+    return install_script(_names(schema, database), drift.select(channels, database))
 
 
 def uninstall(
-    bind: Engine | Connection, *, discard_stored: bool = False, lock_timeout: float = 10.0, schema: str | None = None
+    bind: Engine | Connection,
+    *,
+    discard_stored: bool = False,
+    lock_timeout: float = 10.0,
+    schema: str | None = None,
+    database: str = DEFAULT_DATABASE,
 ) -> list[str]:
     """Remove our triggers, functions and tables; the schema and everything of others' stays.
 
@@ -128,6 +142,7 @@ def uninstall(
         discard_stored: also when notifications are stored, which are lost then.
         lock_timeout: seconds to keep trying for the lock on a table that others use.
         schema: of this package's tables and functions. Default: the setting `schema`.
+        database: the alias of this database, where there are several.
 
     Returns:
         What was removed, one line each.
@@ -135,7 +150,7 @@ def uninstall(
     Raises:
         PgPubSubError: notifications are stored, and how many; or a lock or right is not to be had.
     """
-    names = _names(schema)
+    names = _names(schema, database)
     attempts = Attempts(bind, "uninstall", names.schema, lock_timeout)
     if not discard_stored:
         attempts.run(_OWN, _refuse_stored, names)
@@ -146,7 +161,7 @@ def uninstall(
     return done + attempts.run(_OWN, _remove_own, names, discard_stored)
 
 
-def install_on_create_all(target: MetaData, *, schema: str | None = None) -> None:
+def install_on_create_all(target: MetaData, *, schema: str | None = None, database: str = DEFAULT_DATABASE) -> None:
     """Let `target.create_all()` also install, and `target.drop_all()` first remove our triggers of what it drops.
 
     Triggers are made on tables that exist then: `create_all(tables=[…])` leaves the others for later. Calling this
@@ -160,9 +175,10 @@ def install_on_create_all(target: MetaData, *, schema: str | None = None) -> Non
     def after_create(_: MetaData, connection: Any, **__: Any) -> None:
         if not isinstance(connection, Connection):
             return  # a mock, which prints
-        names = _names(schema)
-        present = [channel for channel in registered_channels() if _has_tables(connection, names, channel)]
-        install(connection.engine if is_autocommit(connection) else connection, channels=present, schema=schema)
+        names = _names(schema, database)
+        present = [channel for channel in registered_channels(database) if _has_tables(connection, names, channel)]
+        bind = connection.engine if is_autocommit(connection) else connection
+        install(bind, channels=present, schema=names.schema)
 
     @event.listens_for(target, "before_drop")
     def before_drop(_: MetaData, connection: Any, tables: Sequence[Any] = (), **__: Any) -> None:
@@ -171,7 +187,7 @@ def install_on_create_all(target: MetaData, *, schema: str | None = None) -> Non
         dropped = {
             trigger_drift.relation_of(connection, trigger_drift.qualified(table.schema, table.name)) for table in tables
         }
-        for trigger in trigger_drift.triggers(connection, _names(schema)):
+        for trigger in trigger_drift.triggers(connection, _names(schema, database)):
             if trigger.relation in dropped:
                 _execute(connection, [Step(what="", statements=trigger.drop)])
 
@@ -205,8 +221,8 @@ def grant_run(connection: Connection, role: str, schema: str | None = None) -> N
     )
 
 
-def _names(schema: str | None) -> Names:
-    return Names(current_schema() if schema is None else Settings(schema=schema).schema)
+def _names(schema: str | None, database: str = DEFAULT_DATABASE) -> Names:
+    return Names(current_schema(database) if schema is None else Settings(schema=schema).schema)
 
 
 def _has_tables(connection: Connection, names: Names, channel: type[Channel]) -> bool:
@@ -241,13 +257,13 @@ def _install_triggers(
     return _execute(connection, trigger_drift.trigger_steps(connection, names, table, wanted))
 
 
-def _remove_unused_functions(connection: Connection, names: Names) -> list[str]:
-    return _execute(connection, trigger_drift.unused_functions(connection, names))
+def _remove_unused_functions(connection: Connection, names: Names, database: str) -> list[str]:
+    return _execute(connection, trigger_drift.unused_functions(connection, names, database))
 
 
-def _prune(connection: Connection, names: Names) -> list[str]:
+def _prune(connection: Connection, names: Names, database: str) -> list[str]:
     """Remove subscriptions and channels that are not registered, unless notifications wait for them."""
-    channels = drift.select(None)
+    channels = drift.select(None, database)
     rows = read_subscriptions(connection, names)
     wanted = {row.id for mine in match(rows, drift.listeners(channels)).values() for row in mine}
     old = [row for row in rows if row.id not in wanted]

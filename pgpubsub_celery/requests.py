@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import threading
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ from pgpubsub_celery import announcements
 from pgpubsub_celery.errors import PgPubSubError
 from pgpubsub_celery.messages import KEYWORD, Envelope, notification_task_id
 from pgpubsub_celery.runs import one_line
-from pgpubsub_celery.settings import Settings
+from pgpubsub_celery.settings import DEFAULT_DATABASE, Settings
 from pgpubsub_celery.store import Store
 from pgpubsub_celery.telling import WANTED
 from pgpubsub_celery.wakeups import CONNECT_ARGUMENTS
@@ -39,6 +40,8 @@ UNKNOWN_DELAY = 5.0
 """Seconds before a notification that this worker has no task for is published again; doubles with each dispatch."""
 
 Write = Callable[[Store, Any], object]
+Places = list[tuple[Settings, Engine]]
+"""Databases that it may have to be written to."""
 
 _NOT_SETTLED = "A lost run was not settled (%s); its lease does it: %s"
 
@@ -89,12 +92,14 @@ class ListenerRequest(Request):  # type: ignore[misc]  # celery has no types
     def _give_back(self) -> None:
         envelope = self._envelope
         if envelope is not None and self._ids:
-            settle_later(self.task.app, f"giving back {len(envelope.ids)} notification(s)", _give_back(envelope))
+            what = f"giving back {len(envelope.ids)} notification(s)"
+            settle_later(self.task.app, what, _give_back(envelope), envelope)
 
     def _fail(self, error: str) -> None:
         envelope = self._envelope
         if envelope is not None and self._ids:
-            settle_later(self.task.app, f"failing {len(envelope.ids)} notification(s)", _fail(envelope, error))
+            what = f"failing {len(envelope.ids)} notification(s)"
+            settle_later(self.task.app, what, _fail(envelope, error), envelope)
 
 
 def give_back_unknown(sender: Any, message: Any, **_: Any) -> None:
@@ -109,7 +114,8 @@ def give_back_unknown(sender: Any, message: Any, **_: Any) -> None:
     if envelope is None or not envelope.ids or envelope.carried:
         return
     delay = UNKNOWN_DELAY * 2 ** min(envelope.dispatches - 1, 6)
-    settle_later(sender.app, f"giving back {len(envelope.ids)} unknown notification(s)", _give_back(envelope, delay))
+    what = f"giving back {len(envelope.ids)} unknown notification(s)"
+    settle_later(sender.app, what, _give_back(envelope, delay), envelope)
 
 
 def _give_back(envelope: Envelope, delay: float = 0.0) -> Write:
@@ -141,49 +147,67 @@ class _Settler(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="pgpubsub-settler", daemon=True)
         self.pid = os.getpid()
-        self.work: queue.SimpleQueue[tuple[Settings, Engine, str, Write]] = queue.SimpleQueue()
+        self.work: queue.SimpleQueue[tuple[Places, str, Write, uuid.UUID | None]] = queue.SimpleQueue()
 
     def run(self) -> None:
         while True:
-            settings, engine, what, write = self.work.get()
+            places, what, write, installation = self.work.get()
             try:
-                self._settle(settings, engine, write)
+                if not any(self._settle(*place, write, installation) for place in places):
+                    logger.warning(_NOT_SETTLED, what, f"no database has the installation {installation}")
             except (SQLAlchemyError, PgPubSubError) as exc:
                 logger.warning(_NOT_SETTLED, what, one_line(exc))
             except Exception:
                 logger.exception("A lost run was not settled (%s); its lease does it", what)
 
     @staticmethod
-    def _settle(settings: Settings, engine: Engine, write: Write) -> None:
+    def _settle(settings: Settings, engine: Engine, write: Write, installation: uuid.UUID | None) -> bool:
+        """Write; False when the notifications are another database's, which has the same ids."""
+        store = Store(settings.schema)
         with engine.begin() as connection:
+            if installation is not None and store.installation(connection) != installation:
+                return False
             connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
-            write(Store(settings.schema), connection)
+            write(store, connection)
+            return True
 
 
-def _prepared(app: Any) -> tuple[Settings, Engine]:
+def _prepared(app: Any, database: str | None) -> Places:
     """Return what settling needs. Whatever it imports, it imports here, and so in the event loop's thread.
 
     The pool forks a lost child's successor while the settler is at work. A module that another thread is importing at
     that moment stays locked in the child for good: the child would hang at its own first connection.
     """
-    settings = Settings.load(app.conf)
+    aliases = Settings.load(app.conf, database=DEFAULT_DATABASE).aliases
+    if database in aliases:
+        aliases = (database,)
     # Seldom used, and never to be inherited by a child: no pool.
-    return settings, create_engine(
-        settings.require_database_url(),
-        poolclass=NullPool,
-        connect_args={**CONNECT_ARGUMENTS, "application_name": "pgpubsub-worker"},
-    )
+    return [
+        (
+            settings,
+            create_engine(
+                settings.require_database_url(),
+                poolclass=NullPool,
+                connect_args={**CONNECT_ARGUMENTS, "application_name": "pgpubsub-worker"},
+            ),
+        )
+        for settings in (Settings.load(app.conf, database=alias) for alias in aliases)
+        if settings.database_url is not None or len(aliases) == 1
+    ]
 
 
 _settler: _Settler | None = None
 _creating = threading.Lock()
 
 
-def settle_later(app: Any, what: str, write: Write) -> None:
-    """Have `write(store, connection)` done in a transaction, by a thread of this process."""
+def settle_later(app: Any, what: str, write: Write, envelope: Envelope | None = None) -> None:
+    """Have `write(store, connection)` done in a transaction, by a thread of this process.
+
+    In the database that the envelope is of; without an envelope, in any.
+    """
     global _settler
     try:
-        settings, engine = _prepared(app)
+        places = _prepared(app, DEFAULT_DATABASE if envelope is None else envelope.database)
     except PgPubSubError as exc:
         logger.warning(_NOT_SETTLED, what, one_line(exc))
         return
@@ -191,4 +215,4 @@ def settle_later(app: Any, what: str, write: Write) -> None:
         if _settler is None or _settler.pid != os.getpid():
             _settler = _Settler()
             _settler.start()
-    _settler.work.put((settings, engine, what, write))
+    _settler.work.put((places, what, write, None if envelope is None else envelope.installation))

@@ -1,7 +1,8 @@
 """What one worker process needs to reach Postgres: settings, statements, connections, the heartbeat.
 
 Owns the worker's engine, the making of the `session` that listeners are given, and the thread that renews the leases of
-running notifications. One for each application and process; a forked child never uses its parent's connections.
+running notifications. One for each database of an application and process; a forked child never uses its parent's
+connections.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sqlalchemy.orm import Session
 from pgpubsub_celery.errors import SettingsError
 from pgpubsub_celery.measuring import Means
 from pgpubsub_celery.roundtrips import autocommitting
-from pgpubsub_celery.settings import Settings
+from pgpubsub_celery.settings import DEFAULT_DATABASE, Settings
 from pgpubsub_celery.store import Store
 from pgpubsub_celery.transactions import guarding
 from pgpubsub_celery.wakeups import CONNECT_ARGUMENTS
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 DEFERRABLE_SECONDS = 60.0
 
 # By process, because a forked child inherits its parent's; an application that is gone leaves nothing behind.
-_runtimes: weakref.WeakKeyDictionary[Celery, tuple[int, Runtime]] = weakref.WeakKeyDictionary()
+_runtimes: weakref.WeakKeyDictionary[Celery, tuple[int, dict[str, Runtime]]] = weakref.WeakKeyDictionary()
 _creating = threading.Lock()
 
 
@@ -60,16 +61,45 @@ class Runtime:
         self.heartbeat = Heartbeat(self)
 
     @classmethod
-    def of(cls, app: Celery) -> Runtime:
-        """Return this process's runtime for `app`, made at first use."""
+    def of(cls, app: Celery, database: str | None = None) -> Runtime:
+        """Return this process's runtime for one of the application's databases, made at first use.
+
+        Raises:
+            SettingsError: no database has this alias.
+        """
+        alias = database or DEFAULT_DATABASE
         pid = os.getpid()
         found = _runtimes.get(app)
-        if found is None or found[0] != pid:
-            with _creating:
-                found = _runtimes.get(app)
-                if found is None or found[0] != pid:
-                    found = _runtimes[app] = (pid, cls(Settings.load(app.conf)))
-        return found[1]
+        runtime = None if found is None or found[0] != pid else found[1].get(alias)
+        if runtime is not None:
+            return runtime
+        with _creating:
+            found = _runtimes.get(app)
+            if found is None or found[0] != pid:
+                found = _runtimes[app] = (pid, {})
+            if alias not in found[1]:
+                found[1][alias] = cls(Settings.load(app.conf, database=alias))
+            return found[1][alias]
+
+    def other_with(self, app: Celery, installation: uuid.UUID) -> Runtime | None:
+        """Return the runtime of another of the application's databases that has this installation, or None.
+
+        Raises:
+            DBAPIError: none that can be reached has it.
+        """
+        unreachable: DBAPIError | None = None
+        for alias in self.settings.aliases[1:]:
+            try:
+                other = Runtime.of(app, alias)
+                if other.installation() == installation:
+                    return other
+            except SettingsError as exc:
+                logger.debug("The database %r is left out: %s", alias, exc)
+            except DBAPIError as exc:
+                unreachable = exc
+        if unreachable is not None:
+            raise unreachable
+        return None
 
     @property
     def engine(self) -> Engine:

@@ -3,6 +3,8 @@
 Owns the names, defaults, units and checks of all settings and where they come from: command options
 first, then `PGPUBSUB_…` environment variables, then Celery's configuration (`pgpubsub_…`). Never
 read at import; `Settings.load()` reads the environment when it is called, and nothing else does.
+
+Where an application has several databases (`databases`), these are the settings of one of them.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +23,11 @@ from pgpubsub_celery.errors import SettingsError, did_you_mean
 
 ENVIRONMENT_PREFIX = "PGPUBSUB_"
 CELERY_PREFIX = "pgpubsub_"
+
+DEFAULT_DATABASE = "default"
+"""The alias of the database that the settings without an alias are about."""
+OF_DATABASE = ("database_url", "listen_url", "schema", "session_factory")
+"""Settings that each of several databases has for itself."""
 
 
 def sync_url(url: str | URL, *, setting: str = "database_url") -> URL:
@@ -66,6 +74,10 @@ class Settings:
     """Dotted path (`pkg.module:name`) of the `sessionmaker` that listeners' `session` comes from."""
     schema: str = "public"
     """The schema that holds this package's tables and functions."""
+    database: str = DEFAULT_DATABASE
+    """The alias of the database that this is about, where there are several."""
+    databases: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    """Several databases by alias: a URL, or a dict of database_url, listen_url, schema, session_factory."""
     poll_interval: float = 30.0
     """Seconds between sweeps, which find whatever a doorbell missed."""
     batch_size: int = 500
@@ -121,6 +133,9 @@ class Settings:
             raise SettingsError(f"schema is {self.schema!r}: expected a schema name of 1 to 63 bytes.")
         if not isinstance(self.task_options, Mapping):
             raise SettingsError(f"task_options is {self.task_options!r}: expected a dict of Celery task options.")
+        _check_databases(self.databases)
+        if self.database != DEFAULT_DATABASE and self.database not in self.databases:
+            raise _unknown_database(self.database, self.databases)
 
     def _number(
         self, name: str, *, above: float | None = None, least: float | None = None, whole: bool = False
@@ -156,15 +171,21 @@ class Settings:
         environ = os.environ if environ is None else environ
         names = cls.names()
         values: dict[str, Any] = {}
+        texts = {name: environ.get(ENVIRONMENT_PREFIX + name.upper()) or None for name in names}
         for key, value in _celery_items(celery_conf):
             name = key[len(CELERY_PREFIX) :].lower()
             if name not in names:
                 raise SettingsError(f"Celery setting {key!r} is not known.{did_you_mean(name, names)}")
             if value is not None:
                 values[name] = value
-        for name in names:
-            text = environ.get(ENVIRONMENT_PREFIX + name.upper())
-            if text is not None and text != "":
+        if texts["databases"] is not None:
+            values["databases"] = _from_text(cls, "databases", texts["databases"])
+        alias = options.get("database") or texts["database"] or values.get("database", DEFAULT_DATABASE)
+        values |= _of_database(values, alias)
+        if alias != DEFAULT_DATABASE:
+            texts |= {name: environ.get(variable(name, alias)) or None for name in OF_DATABASE}
+        for name, text in texts.items():
+            if text is not None:
                 values[name] = _from_text(cls, name, text)
         for name, value in options.items():
             if name not in names:
@@ -175,12 +196,87 @@ class Settings:
 
     def require_database_url(self) -> URL:
         """Return `database_url` for psycopg2; SettingsError with the three places to set it when there is none."""
+        if self.database_url is None and (self.database != DEFAULT_DATABASE or self.databases):
+            raise SettingsError(
+                f"The database {self.database!r} has no URL: set {variable('database_url', self.database)}, or name it "
+                f"in Celery's pgpubsub_databases[{self.database!r}]; or choose another of "
+                f"{_listed(self.databases)} with --database or PGPUBSUB_DATABASE."
+            )
         if self.database_url is None:
             raise SettingsError(
                 "No database is configured: set PGPUBSUB_DATABASE_URL, Celery's pgpubsub_database_url, "
                 "or pass --database-url."
             )
         return sync_url(self.database_url)
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """All databases that are configured, with this one first."""
+        return tuple(dict.fromkeys((self.database, DEFAULT_DATABASE, *self.databases)))
+
+
+def variable(name: str, database: str) -> str:
+    """Return the environment variable of a setting that each database has for itself."""
+    suffix = "" if database == DEFAULT_DATABASE else f"_{database.upper()}"
+    return f"{ENVIRONMENT_PREFIX}{name.upper()}{suffix}"
+
+
+def _of_database(values: Mapping[str, Any], alias: Any) -> dict[str, Any]:
+    """Return what is different for one of several databases: its own settings, and nothing of the default one's.
+
+    But for the schema, which says nothing of where the database is.
+    """
+    databases = values.get("databases") or {}
+    _check_databases(databases)
+    given = databases.get(alias, {})
+    own = dict(given) if isinstance(given, Mapping) else {"database_url": given}
+    if alias != DEFAULT_DATABASE:
+        return {**dict.fromkeys(("database_url", "listen_url", "session_factory")), **own}
+    for name in own.keys() & values.keys() - {"schema"}:
+        raise SettingsError(
+            f"{CELERY_PREFIX}{name} and databases[{alias!r}] both have the {name} of the database {alias!r}: leave one "
+            "of them out."
+        )
+    return own
+
+
+def _check_databases(databases: Any) -> None:
+    if not isinstance(databases, Mapping):
+        raise SettingsError(
+            f"databases is a {type(databases).__name__}: expected a dict of URLs, or of dicts, by alias, for example "
+            "{'billing': 'postgresql://user:password@host:5432/billing'}."
+        )
+    for alias, given in databases.items():
+        where = f"databases[{alias!r}]"
+        if not isinstance(alias, str) or re.fullmatch("[a-z][a-z0-9_]*", alias) is None:
+            raise SettingsError(
+                f"databases has the alias {alias!r}: expected a-z, 0-9 and _, beginning with a letter, for example "
+                "'billing'."
+            )
+        if isinstance(given, (str, URL)):
+            sync_url(given, setting=where)
+            continue
+        if not isinstance(given, Mapping):
+            raise SettingsError(f"{where} is a {type(given).__name__}: expected a URL, or a dict of settings.")
+        for name, value in given.items():
+            if name not in OF_DATABASE:
+                raise SettingsError(
+                    f"{where} has {name!r}, which is not a database's own setting: expected "
+                    f"{', '.join(OF_DATABASE)}.{did_you_mean(str(name), OF_DATABASE)}"
+                )
+            if name.endswith("_url") and value is not None:
+                sync_url(value, setting=f"{where}[{name!r}]")
+
+
+def _unknown_database(alias: Any, databases: Mapping[str, Any]) -> SettingsError:
+    return SettingsError(
+        f"There is no database {alias!r}: {_listed(databases)} is configured. Add it to pgpubsub_databases, or choose "
+        f"another with --database or PGPUBSUB_DATABASE.{did_you_mean(str(alias), databases)}"
+    )
+
+
+def _listed(databases: Mapping[str, Any]) -> str:
+    return ", ".join(repr(alias) for alias in dict.fromkeys((DEFAULT_DATABASE, *databases)))
 
 
 def _celery_items(conf: Mapping[str, Any] | None) -> list[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, cast
 from celery import Celery, Task, _state, signals
 from celery.local import Proxy
 
-from pgpubsub_celery.channels import Channel, TriggerChannel, check_declared
+from pgpubsub_celery.channels import EVERY_DATABASE, Channel, TriggerChannel, check_declared, databases_of
 from pgpubsub_celery.delivery import deliver, own_session
 from pgpubsub_celery.errors import ListenerError
 from pgpubsub_celery.listeners import (
@@ -136,7 +136,9 @@ def _filled_in(task: ListenerTask, args: tuple[Any, ...], kwargs: dict[str, Any]
         filled["notifications"] = []
     with contextlib.ExitStack() as stack:
         if "session" in missing:
-            filled["session"] = stack.enter_context(own_session(Runtime.of(task.app)))
+            alias = databases_of(task.listener.channel)[0]
+            runtime = Runtime.of(task.app, None if alias == EVERY_DATABASE else alias)
+            filled["session"] = stack.enter_context(own_session(runtime))
         yield filled
 
 

@@ -16,6 +16,7 @@ from pgpubsub_celery.capture import source_without_virtual
 from pgpubsub_celery.channels import Channel, TriggerChannel, registered_channels
 from pgpubsub_celery.listeners import listeners_of
 from pgpubsub_celery.schema import Names, quote_identifier, quote_literal
+from pgpubsub_celery.settings import DEFAULT_DATABASE
 from pgpubsub_celery.triggers import Described, TriggerDefinition, read_comment, trigger_definitions
 
 
@@ -198,11 +199,11 @@ WHERE n.nspname = :schema AND p.proname LIKE 'pgpubsub\\_%' AND p.prorettype = '
 """
 
 
-def unwanted_triggers(connection: Connection, names: Names) -> list[Step]:
-    """Return the triggers of ours that no registered channel wants."""
+def unwanted_triggers(connection: Connection, names: Names, database: str = DEFAULT_DATABASE) -> list[Step]:
+    """Return the triggers of ours that no registered channel of the database wants."""
     wanted = {
         (relation_of(connection, table), name)
-        for table, mine in definitions(names, registered_channels()).items()
+        for table, mine in definitions(names, registered_channels(database)).items()
         for definition in mine
         for name in definition.names
     }
@@ -213,20 +214,20 @@ def unwanted_triggers(connection: Connection, names: Names) -> list[Step]:
     ]
 
 
-def unused_functions(connection: Connection, names: Names) -> list[Step]:
+def unused_functions(connection: Connection, names: Names, database: str = DEFAULT_DATABASE) -> list[Step]:
     """Return the trigger functions of ours that no trigger calls and no registered channel wants.
 
     A table may be dropped without us.
     """
     return [
         Step(what=f"the trigger function {function} is not used any more", statements=(f"DROP FUNCTION {function}",))
-        for function, _ in orphans(connection, names)
+        for function, _ in orphans(connection, names, database)
     ]
 
 
-def orphans(connection: Connection, names: Names) -> list[tuple[str, str | None]]:
+def orphans(connection: Connection, names: Names, database: str = DEFAULT_DATABASE) -> list[tuple[str, str | None]]:
     """Return such functions, qualified and quoted, with their comments."""
-    wanted = [one.function for mine in definitions(names, registered_channels()).values() for one in mine]
+    wanted = [one.function for mine in definitions(names, registered_channels(database)).values() for one in mine]
     rows = connection.execute(
         text(
             "SELECT format('%I.%I()', n.nspname, p.proname) AS function, obj_description(p.oid, 'pg_proc') AS comment "

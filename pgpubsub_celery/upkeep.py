@@ -15,7 +15,7 @@ from sqlalchemy import Connection, TextClause, text
 from pgpubsub_celery import announcements
 from pgpubsub_celery.binds import connection_of
 from pgpubsub_celery.channels import Channel, registered_channels, select_channels
-from pgpubsub_celery.emit import current_schema
+from pgpubsub_celery.emit import schema_for
 from pgpubsub_celery.errors import SettingsError, did_you_mean
 from pgpubsub_celery.models import DISPATCHED, FAILED, HELD, RUNNING, STATES, WAITING
 from pgpubsub_celery.schema import Names
@@ -161,8 +161,10 @@ def process_stored_notifications(
         How many notifications became due. Those locked by somebody else are left out.
     """
     connection = connection_of(bind, "process_stored_notifications")
-    schema = current_schema()
-    selection = Selection(channels=_names(channels), states=(HELD, FAILED) if failed else (HELD,))
+    classes = _classes(channels)
+    schema = schema_for(classes, connection, "process_stored_notifications")
+    names = tuple(dict.fromkeys(name for cls in classes for name in (cls.name(), *cls.aliases)))
+    selection = Selection(channels=names, states=(HELD, FAILED) if failed else (HELD,))
     last = measure(connection, schema, selection).last
     total = 0
     after: int | None = 0
@@ -173,10 +175,10 @@ def process_stored_notifications(
     return total
 
 
-def _names(channels: Sequence[type[Channel] | str] | None) -> tuple[str, ...]:
-    """Return all names of channels; no channels given, none."""
+def _classes(channels: Sequence[type[Channel] | str] | None) -> list[type[Channel]]:
+    """Return channels with their subclasses; no channels given, none."""
     if channels is None:
-        return ()
+        return []
     if not channels:
         raise SettingsError("process_stored_notifications: channels is empty: name some, or pass None for all.")
     classes: list[type[Channel]] = []
@@ -185,7 +187,7 @@ def _names(channels: Sequence[type[Channel] | str] | None) -> tuple[str, ...]:
             classes += select_channels([one])
         else:
             classes += [one, *(cls for cls in registered_channels() if issubclass(cls, one))]
-    return tuple(dict.fromkeys(name for cls in classes for name in (cls.name(), *cls.aliases)))
+    return classes
 
 
 def _batch(

@@ -24,7 +24,7 @@ from pgpubsub_celery.emit import EnqueuedTask, current_schema
 from pgpubsub_celery.errors import PgPubSubError
 from pgpubsub_celery.listeners import MESSAGE, TRIGGER_OPERATIONS
 from pgpubsub_celery.schema import VERSION, Names
-from pgpubsub_celery.settings import Settings
+from pgpubsub_celery.settings import DEFAULT_DATABASE, Settings
 from pgpubsub_celery.subscriptions import (
     ChannelRow,
     Row,
@@ -53,10 +53,11 @@ def compare(context: Any, upgrade_ops: Any) -> Any:
     upgrade_ops.ops[:] = [one for one in upgrade_ops.ops if getattr(one, "table_name", None) not in OWN_TABLES]
     if context.dialect.name == "postgresql":
         schema = context.opts.get("pgpubsub_schema")
-        names = Names(current_schema() if schema is None else Settings(schema=schema).schema)
+        database = context.opts.get("pgpubsub_database", DEFAULT_DATABASE)
         if context.opts.get("pgpubsub_app"):
             load_app(context.opts["pgpubsub_app"])
-        found = _Comparison(context, names).run()
+        names = Names(current_schema(database) if schema is None else Settings(schema=schema).schema)
+        found = _Comparison(context, names, database).run()
         upgrade_ops.ops[:] = [*found.first, *upgrade_ops.ops, *found.last]
     return _go_on()
 
@@ -80,15 +81,16 @@ class _Found:
 class _Comparison:
     """Of one database with what is registered in this process."""
 
-    def __init__(self, context: Any, names: Names) -> None:
+    def __init__(self, context: Any, names: Names, database: str) -> None:
         self._context = context
+        self._database = database
         self._connection: Connection = context.connection
         self._names = names
         self._found = _Found()
-        channels = registered_channels()
+        channels = registered_channels(database)
         self._knows = any(channel is not EnqueuedTask for channel in channels)
         """Whether the application's modules are imported: without them, nothing can be said to be unwanted."""
-        self._everything = drift.select(None)
+        self._everything = drift.select(None, database)
         self._channels = [channel for channel in self._everything if self._is_ours(channel)]
 
     def run(self) -> _Found:
@@ -251,7 +253,9 @@ class _Comparison:
         }
         unwanted = [trigger for trigger in existing if (trigger.relation, trigger.name) not in wanted]
         described = [self._remade(trigger.described) for trigger in unwanted]
-        described += [self._remade(read_comment(comment)) for _, comment in orphans(self._connection, self._names)]
+        described += [
+            self._remade(read_comment(comment)) for _, comment in orphans(self._connection, self._names, self._database)
+        ]
         known = {definition.name: definition for definition in described if definition is not None}
         gone = [one for one in known.values() if self._may_remove(one.arguments["channel"])]
         for group in _alike(gone):

@@ -8,19 +8,32 @@ of a field may be is `fieldtypes`', how a message is stored is `payload`'s.
 """
 
 from pgpubsub_celery.channels.checks import channel_field_names, check_declared
-from pgpubsub_celery.channels.declaration import Channel, TriggerChannel, _registry, listen_name_of, path_of
-from pgpubsub_celery.channels.registry import find_channel, registered_channels, select_channels
+from pgpubsub_celery.channels.declaration import (
+    EVERY_DATABASE,
+    Channel,
+    TriggerChannel,
+    _registry,
+    databases_of,
+    is_in_database,
+    listen_name_of,
+    path_of,
+)
+from pgpubsub_celery.channels.registry import check_databases, find_channel, registered_channels, select_channels
 from pgpubsub_celery.channels.tables import captured_columns, declared_defaults, renamed_columns, table_of
 
 __all__ = [
+    "EVERY_DATABASE",
     "Channel",
     "TriggerChannel",
     "_registry",
     "captured_columns",
     "channel_field_names",
+    "check_databases",
     "check_declared",
+    "databases_of",
     "declared_defaults",
     "find_channel",
+    "is_in_database",
     "listen_name_of",
     "path_of",
     "registered_channels",

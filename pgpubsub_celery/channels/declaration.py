@@ -26,12 +26,14 @@ from pgpubsub_celery.hints import (
     remember_local_names,
     type_variables,
 )
+from pgpubsub_celery.settings import DEFAULT_DATABASE
 
 LONGEST_NAME = 200
 """Of a channel, in characters."""
 LONGEST_IDENTIFIER = 63
 """Bytes of a Postgres identifier."""
 _HASH_DIGITS = 20
+EVERY_DATABASE = "*"
 
 INJECTED = ("session", "context", "notification")
 """Parameters of listeners that are no fields."""
@@ -72,6 +74,8 @@ class Channel:
     """Earlier names, whose notifications are this channel's. Not inherited."""
     lease: ClassVar[float | None] = None
     """Seconds for a listener to begin or show life before its notification is given to another; None: the setting."""
+    database: ClassVar[str | tuple[str, ...]] = DEFAULT_DATABASE
+    """Where there are several databases (the setting `databases`): the alias of its own; several; or "*" for all."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Check what can be seen in the class statement, and register the class."""
@@ -164,6 +168,18 @@ def path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def databases_of(cls: type[Channel]) -> tuple[str, ...]:
+    """Return the aliases of the databases that a channel is in; ("*",) for all."""
+    given: Any = cls.database
+    return tuple(given) if isinstance(given, (tuple, list)) else (given,)
+
+
+def is_in_database(cls: type[Channel], alias: str) -> bool:
+    """Whether a channel is in the database with this alias."""
+    databases = databases_of(cls)
+    return EVERY_DATABASE in databases or alias in databases
+
+
 def _take_place_of_first(cls: type[Channel]) -> None:
     """Give the second class that `dataclass(slots=True)` makes the first one's name: that comes too late for us."""
     fields = cls.__dict__.get("__dataclass_fields__")
@@ -207,6 +223,11 @@ def _check_attributes(cls: type[Channel]) -> None:
         isinstance(lease, bool) or not isinstance(lease, (int, float)) or not lease > 0 or not math.isfinite(lease)
     ):
         raise ChannelError(f"{what}: lease = {lease!r}: expected seconds, more than 0, or None for the setting.")
+    databases = databases_of(cls)
+    if not databases or not all(isinstance(alias, str) and alias for alias in databases):
+        raise ChannelError(
+            f'{what}: database = {cls.database!r}: expected the alias of a database, a tuple of several, or "*".'
+        )
     if cls.channel_name is not None:
         _check_name(cls.channel_name, f"{what}: channel_name")
     aliases: Any = cls.aliases

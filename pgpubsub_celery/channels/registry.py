@@ -12,18 +12,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from pgpubsub_celery.channels.checks import check_declared
-from pgpubsub_celery.channels.declaration import Channel, TriggerChannel, _registry, path_of
+from pgpubsub_celery.channels.declaration import (
+    EVERY_DATABASE,
+    Channel,
+    TriggerChannel,
+    _registry,
+    databases_of,
+    is_in_database,
+    path_of,
+)
 from pgpubsub_celery.errors import ChannelError, UnknownChannelError, did_you_mean
 from pgpubsub_celery.hints import own_annotations
 
 
-def registered_channels() -> list[type[Channel]]:
+def registered_channels(database: str | None = None) -> list[type[Channel]]:
     """Return all channels in the order of their declaration, without classes that only serve as bases.
+
+    With the alias of a `database`: those that are in it.
 
     Raises:
         ChannelError: a channel is declared in a way that cannot work.
     """
-    return [cls for cls in _declared() if _usable(cls) or not _only_a_base(cls)]
+    found = [cls for cls in _declared() if _usable(cls) or not _only_a_base(cls)]
+    return found if database is None else [cls for cls in found if is_in_database(cls, database)]
 
 
 def _declared() -> list[type[Channel]]:
@@ -104,17 +115,34 @@ def _kind(value: Any) -> str:
     return f"the class {path_of(value)}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
-def select_channels(paths: Sequence[str] | None) -> list[type[Channel]]:
-    """Return the usable channels that `paths` name, in the order of declaration; of a base class, its subclasses too.
-
-    Without paths: all registered ones. Classes that only serve as bases are left out.
+def check_databases(aliases: Sequence[str]) -> None:
+    """Refuse channels that are in a database without a configuration: nobody would ever listen to them.
 
     Raises:
-        UnknownChannelError: a path names no channel, or a base class without a usable subclass.
+        ChannelError: names the first such channel, its database and the fix.
+    """
+    for cls in registered_channels():
+        for alias in databases_of(cls):
+            if alias != EVERY_DATABASE and alias not in aliases:
+                raise ChannelError(
+                    f"{path_of(cls)} is in the database {alias!r}, which is not configured: add it to "
+                    f"pgpubsub_databases, or change the channel's `database`.{did_you_mean(alias, aliases)}"
+                )
+
+
+def select_channels(paths: Sequence[str] | None, database: str | None = None) -> list[type[Channel]]:
+    """Return the usable channels that `paths` name, in the order of declaration; of a base class, its subclasses too.
+
+    Without paths: all registered ones. Classes that only serve as bases are left out; with the alias of a `database`,
+    those that are in others, too.
+
+    Raises:
+        UnknownChannelError: a path names no channel, one that is in another database, or a base class without a usable
+            subclass.
         ChannelError: a channel that was meant to be used is declared in a way that cannot work.
     """
     if not paths:
-        return registered_channels()
+        return registered_channels(database)
     selected: set[type[Channel]] = set()
     for path in [paths] if isinstance(paths, str) else paths:
         named = find_channel(path)
@@ -123,7 +151,14 @@ def select_channels(paths: Sequence[str] | None) -> list[type[Channel]]:
             found.append(named)  # declared again since; whoever imported the first goes on using it
         if not found:
             raise UnknownChannelError(f"{path!r} has no subclass that could be listened to, and {_why_unusable(named)}")
-        selected.update(found)
+        there = [cls for cls in found if database is None or is_in_database(cls, database)]
+        if not there:
+            aliases = " or ".join(repr(alias) for alias in databases_of(named))
+            raise UnknownChannelError(
+                f"{path!r} is not in the database {database!r}, but in {aliases}: name that with --database, or leave "
+                "the channel out."
+            )
+        selected.update(there)
     known = _declared()
     return sorted(selected, key=lambda cls: known.index(cls) if cls in known else len(known))
 

@@ -53,6 +53,8 @@ class State:
 
     app_path: str | None = None
     app: Celery | None = None
+    database: str | None = None
+    """The alias that --database was given; None for PGPUBSUB_DATABASE, or the default one."""
 
     def require_app(self) -> Celery:
         """Return the application, with all its channels and listeners imported."""
@@ -72,7 +74,7 @@ class State:
     def settings(self, **options: Any) -> Settings:
         """Return the settings of the application, where there is one, else of the environment alone."""
         conf = self.require_app().conf if self.app_path else None
-        return Settings.load(conf, **options)
+        return Settings.load(conf, database=self.database, **options)
 
 
 class Group(click.Group):
@@ -139,12 +141,24 @@ def app_option(command: C) -> C:
 
 
 def database_option(command: C) -> C:
-    """Accept --database-url: `None` means the settings' own."""
-    return click.option(
+    """Accept --database-url: `None` means the settings' own; and --database, where there are several."""
+
+    def take(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            ctx.ensure_object(State).database = value
+
+    with_url = click.option(
         "--database-url",
         metavar="URL",
         help="Where the tables are. Default: PGPUBSUB_DATABASE_URL, pgpubsub_database_url.",
     )(command)
+    return click.option(
+        "--database",
+        expose_value=False,
+        callback=take,
+        metavar="ALIAS",
+        help="Which of several databases (pgpubsub_databases). Default: PGPUBSUB_DATABASE, else 'default'.",
+    )(with_url)
 
 
 def open_engine(settings: Settings) -> Engine:

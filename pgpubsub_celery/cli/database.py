@@ -12,7 +12,7 @@ from rich.text import Text
 from sqlalchemy import Connection
 
 from pgpubsub_celery import insights, migrations, trigger_drift
-from pgpubsub_celery.channels import registered_channels
+from pgpubsub_celery.channels import check_databases, registered_channels
 from pgpubsub_celery.cli.context import (
     Group,
     State,
@@ -64,14 +64,16 @@ def install(
     state = ctx.ensure_object(State)
     state.require_app()
     settings = state.settings(database_url=database_url)
+    check_databases(settings.aliases)
+    of = {"schema": settings.schema, "database": settings.database}
     if sql:
-        click.echo(migrations.install_sql(schema=settings.schema), nl=False)
+        click.echo(migrations.install_sql(**of), nl=False)
         return
     if check_only:
         with connected(settings) as connection:
-            _report(ctx, migrations.check(connection, schema=settings.schema))
+            _report(ctx, migrations.check(connection, **of))
         return
-    done = migrations.install(open_engine(settings), prune=prune, lock_timeout=lock_timeout, schema=settings.schema)
+    done = migrations.install(open_engine(settings), prune=prune, lock_timeout=lock_timeout, **of)
     for line in done:
         click.echo(line)
     click.echo("installed." if done else "everything is in place.")
@@ -154,18 +156,21 @@ def check_triggers(ctx: click.Context, database_url: str | None) -> None:
     state.require_app()
     settings = state.settings(database_url=database_url)
     with connected(settings) as connection:
-        steps = _trigger_steps(connection, Names(settings.schema))
+        steps = _trigger_steps(connection, Names(settings.schema), settings.database)
     _report(ctx, [step.what for step in steps])
 
 
 @triggers.command("sql")
 @app_option
+@database_option
 @click.pass_context
-def trigger_sql(ctx: click.Context) -> None:
+def trigger_sql(ctx: click.Context, database_url: str | None) -> None:
     """Print the statements that create the triggers."""
     state = ctx.ensure_object(State)
     state.require_app()
-    for table, definitions in trigger_drift.definitions(Names(state.settings().schema), registered_channels()).items():
+    settings = state.settings(database_url=database_url)
+    channels = registered_channels(settings.database)
+    for table, definitions in trigger_drift.definitions(Names(settings.schema), channels).items():
         for definition in definitions:
             click.echo(f"-- {definition.name} on {table}")
             for statement in definition.create:
@@ -184,20 +189,21 @@ def diff_triggers(ctx: click.Context, database_url: str | None) -> None:
     names = Names(settings.schema)
     differences: list[str] = []
     with connected(settings) as connection:
-        for table, definitions in trigger_drift.definitions(names, registered_channels()).items():
+        channels = registered_channels(settings.database)
+        for table, definitions in trigger_drift.definitions(names, channels).items():
             for definition in definitions:
                 for step in trigger_drift.trigger_steps(connection, names, table, [definition]):
                     present = insights.read_source(connection, settings.schema, definition.function)
                     differences += [step.what, *_source_diff(definition, present)]
-        differences += [step.what for step in trigger_drift.unwanted_triggers(connection, names)]
+        differences += [step.what for step in trigger_drift.unwanted_triggers(connection, names, settings.database)]
     _report(ctx, differences)
 
 
-def _trigger_steps(connection: Connection, names: Names) -> list[trigger_drift.Step]:
+def _trigger_steps(connection: Connection, names: Names, database: str) -> list[trigger_drift.Step]:
     steps: list[trigger_drift.Step] = []
-    for table, definitions in trigger_drift.definitions(names, registered_channels()).items():
+    for table, definitions in trigger_drift.definitions(names, registered_channels(database)).items():
         steps += trigger_drift.trigger_steps(connection, names, table, definitions)
-    return steps + trigger_drift.unwanted_triggers(connection, names)
+    return steps + trigger_drift.unwanted_triggers(connection, names, database)
 
 
 def _source_diff(definition: TriggerDefinition, present: str | None) -> list[str]:

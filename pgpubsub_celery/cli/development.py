@@ -26,7 +26,7 @@ from pgpubsub_celery.cli.demonstration import interruptible
 from pgpubsub_celery.cli.exit_codes import EXIT_FAILED
 from pgpubsub_celery.runs import one_line
 from pgpubsub_celery.schema import Names
-from pgpubsub_celery.settings import Settings, sync_url
+from pgpubsub_celery.settings import DEFAULT_DATABASE, Settings, sync_url
 
 LOOK_SECONDS = 0.2
 STOP_SECONDS = 15.0
@@ -116,7 +116,7 @@ def _install(settings: Settings, *, create_tables: bool) -> None:
     """Install; while tables are missing, say which and wait until the user's migrations have made them."""
     engine = open_engine(settings)
     if create_tables:
-        for channel in registered_channels():
+        for channel in registered_channels(DEFAULT_DATABASE):
             if issubclass(channel, TriggerChannel):
                 table_of(channel).metadata.create_all(engine)
     told: list[str] = []
@@ -135,7 +135,7 @@ def _install(settings: Settings, *, create_tables: bool) -> None:
 
 def _missing_tables(engine: Engine, names: Names) -> list[str]:
     with engine.connect() as connection:
-        tables = trigger_drift.definitions(names, registered_channels())
+        tables = trigger_drift.definitions(names, registered_channels(DEFAULT_DATABASE))
         return [table for table in tables if trigger_drift.relation_of(connection, table) is None]
 
 

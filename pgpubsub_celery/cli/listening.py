@@ -16,13 +16,13 @@ from sqlalchemy.exc import DBAPIError
 
 from pgpubsub_celery import bridge, supervisor
 from pgpubsub_celery.broker import Broker
-from pgpubsub_celery.channels import Channel, select_channels
+from pgpubsub_celery.channels import Channel, check_databases, select_channels
 from pgpubsub_celery.cli.context import State, app_option, connected, database_option
 from pgpubsub_celery.emit import EnqueuedTask
 from pgpubsub_celery.errors import SettingsError, UnknownChannelError
 from pgpubsub_celery.logs import configure_logging, level_number, make_formatter
 from pgpubsub_celery.schema import VERSION
-from pgpubsub_celery.settings import Settings
+from pgpubsub_celery.settings import DEFAULT_DATABASE, Settings, variable
 from pgpubsub_celery.wakeups import require_installed
 
 logger = logging.getLogger("pgpubsub_celery.listen")
@@ -172,10 +172,11 @@ def listen(
     )
     paths = _paths(channels)
     app = state.require_app()
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: value for name, value in {**settings, "database": state.database}.items() if value is not None}
     checked = Settings.load(app.conf, **given)
     checked.require_database_url()
-    selected = _select(paths)
+    check_databases(checked.aliases)
+    selected = _select(paths, checked.database)
     Broker.check(app)
     _check_database(checked)
     options = bridge.ListenOptions(
@@ -189,7 +190,7 @@ def listen(
     )
     if "database_url" in given:
         # For what the application itself reads from the environment, in each of the processes.
-        os.environ["PGPUBSUB_DATABASE_URL"] = given["database_url"]
+        os.environ[variable("database_url", checked.database)] = given["database_url"]
     configure_logging(loglevel, logformat)
     if recover is not None and not any(channel.lock_notifications for channel in selected):
         logger.warning("--recover has nothing to do: none of the channels has lock_notifications = True")
@@ -207,9 +208,14 @@ def _paths(words: tuple[str, ...]) -> tuple[str, ...]:
     return paths
 
 
-def _select(paths: tuple[str, ...]) -> list[type[Channel]]:
-    selected = select_channels(paths)
+def _select(paths: tuple[str, ...], database: str) -> list[type[Channel]]:
+    selected = select_channels(paths, database)
     if not paths and all(channel is EnqueuedTask for channel in selected):
+        if database != DEFAULT_DATABASE:
+            raise UnknownChannelError(
+                f"No channel is in the database {database!r}: set database = {database!r} on those that are. "
+                "For enqueue() alone: --channels pgpubsub.enqueue."
+            )
         raise UnknownChannelError(
             "No channel is registered: import the modules of your channels and listeners in your application, "
             "for example "

@@ -126,7 +126,7 @@ def no_app(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process without a Celery application."""
     monkeypatch.setattr(_state, "default_app", None)
     monkeypatch.setattr(_state, "_tls", _state._TLS())
-    monkeypatch.setattr(emit, "_schema_without_app", None)
+    monkeypatch.setattr(emit, "_schemas_without_app", None)
 
 
 @pytest.mark.usefixtures("no_app")

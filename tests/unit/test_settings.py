@@ -11,7 +11,7 @@ from celery import Celery
 from sqlalchemy.engine import make_url
 
 from pgpubsub_celery.errors import PgPubSubError, SettingsError
-from pgpubsub_celery.settings import Settings, sync_url
+from pgpubsub_celery.settings import OF_DATABASE, Settings, sync_url
 
 URL = "postgresql://blog:secret@db:5432/blog"
 
@@ -105,8 +105,10 @@ def test_the_environment_is_read_by_the_setting_s_kind(variable: str, text: str,
 
 def test_every_setting_can_be_set_by_the_environment() -> None:
     """None is forgotten, and other variables of that prefix are nobody's business here."""
-    texts = {"task_options": '{"queue": "slow"}', "database_url": URL, "listen_url": URL, "schema": "s"}
+    texts = {"task_options": '{"queue": "slow"}', "database": "billing", "databases": '{"billing": {}}'}
+    texts |= {"database_url": URL, "listen_url": URL, "schema": "s"}
     environ = {f"PGPUBSUB_{name.upper()}": texts.get(name, "120") for name in Settings.names()}
+    environ |= {f"PGPUBSUB_{name.upper()}_BILLING": texts.get(name, "120") for name in OF_DATABASE}
     settings = load(environ=environ | {"PGPUBSUB_HEARTBEAT_INTERVAL": "60", "PGPUBSUB_SERVICE_HOST": "10.0.0.1"})
     unchanged = [name for name in Settings.names() if getattr(settings, name) == getattr(Settings(), name)]
     assert unchanged == ["lease"]  # its default is 120
