@@ -65,7 +65,7 @@ def dev(ctx: click.Context, directory: Path, concurrency: int, create_tables: bo
         os.environ["PGPUBSUB_DATABASE_URL"] = database
         for name in ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"):
             os.environ[name] = broker
-        settings = Settings.load(app.conf)
+        settings = Settings.load(app.conf, database=DEFAULT_DATABASE)
         click.echo(f"database  {sync_url(database).set(drivername='postgresql').render_as_string()}")
         click.echo(f"broker    {maybe_sanitize_url(broker)}")
         _install(settings, create_tables=create_tables)
@@ -82,7 +82,7 @@ def dev(ctx: click.Context, directory: Path, concurrency: int, create_tables: bo
 
 
 def _database(app: Celery, directory: Path, stack: contextlib.ExitStack) -> str:
-    configured = Settings.load(app.conf).database_url
+    configured = Settings.load(app.conf, database=DEFAULT_DATABASE).database_url
     if configured is not None:
         engine = create_engine(sync_url(configured), poolclass=NullPool, connect_args={"connect_timeout": 3})
         try:
