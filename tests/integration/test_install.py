@@ -211,7 +211,7 @@ def test_everything_can_be_in_a_schema_of_its_own(engine: Engine, schema: str, m
     install(engine, schema=schema)
     assert differences(engine, schema=schema) == []
     assert install(engine, schema=schema) == []
-    monkeypatch.setattr(emit, "current_schema", lambda: schema)
+    monkeypatch.setattr(emit, "schema_for", lambda *_: schema)
     with engine.begin() as connection:
         connection.execute(text(f"CREATE TABLE {quote_identifier(schema)}.alembic_version (version_num text)"))
         connection.execute(text(f"INSERT INTO {quote_identifier(schema)}.alembic_version VALUES ('abc')"))
