@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from amqp import spec
-from amqp.exceptions import Blocked, ChannelError, MessageNacked
+from amqp.exceptions import Blocked, ChannelError, MessageNacked, RecoverableConnectionError
 from kombu import Connection, Producer
 from kombu.common import maybe_declare
 
@@ -66,7 +66,6 @@ class Confirms:
 
     def __init__(self, connection: Connection, producer: Producer, *, timeout: float) -> None:
         """Prepare `producer`, which has been made for `connection`; `timeout`: seconds to wait for confirmations."""
-        self._connection = connection
         self._timeout = timeout
         self._producer = producer
         self._channel: Any = producer.channel
@@ -81,9 +80,10 @@ class Confirms:
         self._blocked = False
         self.is_outdated = False
         """Somebody has deleted a queue: what this connection has declared is to be declared again, by another one."""
-        amqp_connection: Any = connection.connection
-        amqp_connection.on_blocked = self._on_blocked
-        amqp_connection.on_unblocked = self._on_unblocked
+        # Kept: kombu would replace it, and amqp reconnect, as soon as somebody asks for one that is gone.
+        self._amqp: Any = connection.connection
+        self._amqp.on_blocked = self._on_blocked
+        self._amqp.on_unblocked = self._on_unblocked
         self._send: Callable[..., Any] = self._channel.basic_publish
         # As amqp itself does for confirms that are awaited one by one.
         self._channel.basic_publish = self._publish
@@ -191,8 +191,10 @@ class Confirms:
                 ) from None
 
     def _drain(self, timeout: float) -> None:
+        if not self._amqp.connected:
+            raise RecoverableConnectionError("the connection to the broker is lost")
         try:
-            self._connection.connection.drain_events(timeout=timeout)
+            self._amqp.drain_events(timeout=timeout)
         except ChannelError as exc:
             if not self._is_own(exc):
                 raise
@@ -205,7 +207,7 @@ class Confirms:
 
     def _is_outage(self, exc: Exception, errors: Errors) -> bool:
         """Whether the error is the connection's, in whatever words: amqp's may be an AttributeError."""
-        return isinstance(exc, errors.outages) or not self._connection.connected
+        return isinstance(exc, errors.outages) or not self._amqp.connected
 
     def _require_unblocked(self) -> None:
         if self._blocked:
@@ -213,9 +215,9 @@ class Confirms:
 
     def _cork(self, corked: bool) -> None:
         """Let the system gather what is written into full packets: half of a message's price was to wake the broker."""
-        if _CORK is not None:
+        if _CORK is not None and self._amqp.connected:
             with contextlib.suppress(OSError):
-                self._connection.connection.sock.setsockopt(socket.IPPROTO_TCP, _CORK, int(corked))
+                self._amqp.sock.setsockopt(socket.IPPROTO_TCP, _CORK, int(corked))
 
     def _reopen(self) -> None:
         """Go on after the broker has closed the channel: amqp has opened it again, in ordinary mode."""

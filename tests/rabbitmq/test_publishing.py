@@ -214,6 +214,16 @@ def test_what_counts_as_published_outlives_the_node(own: RabbitMQ, queue: str, k
     publisher.broker.close()
 
 
+def test_a_node_that_restarts_costs_an_idle_publisher_nothing(own: RabbitMQ, queue: str) -> None:
+    """It says goodbye, which is read before the next batch; what was published before is still there."""
+    publisher = Publisher(own, declared(queue))
+    assert publisher.publish(1) == [None]
+    own.restart()
+    assert publisher.publish(2, 3) == [None, None]
+    assert publisher.received(queue) == [1, 2, 3]
+    publisher.broker.close()
+
+
 def test_a_paused_node_publishes_nothing_that_is_known(own: RabbitMQ, queue: str) -> None:
     """No word in time counts as not published; connecting anew does not hang either."""
     publisher = Publisher(own, declared(queue))
