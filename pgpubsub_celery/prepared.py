@@ -15,6 +15,8 @@ from typing import Any
 from sqlalchemy import Connection, CursorResult, TextClause, text
 from sqlalchemy.exc import DBAPIError
 
+from pgpubsub_celery.drivers import sqlstate
+
 _KEY = "pgpubsub_prepared"
 
 _PLACEHOLDER = re.compile(r"%%|%\((\w+)\)s")
@@ -58,7 +60,7 @@ class Prepared:
                 prepared.add(self.name)
             return connection.execute(call, parameters)
         except DBAPIError as exc:
-            if getattr(exc.orig, "pgcode", None) not in _ANOTHER_SESSION:
+            if sqlstate(exc) not in _ANOTHER_SESSION:
                 raise
             del connection.info[_KEY]
             return connection.execute(self.statement, parameters)

@@ -22,13 +22,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from pgpubsub_celery import announcements
+from pgpubsub_celery.drivers import connect_arguments
 from pgpubsub_celery.errors import PgPubSubError
 from pgpubsub_celery.messages import KEYWORD, Envelope, notification_task_id
 from pgpubsub_celery.runs import one_line
 from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.store import Store
 from pgpubsub_celery.telling import WANTED
-from pgpubsub_celery.wakeups import CONNECT_ARGUMENTS
 
 logger = logging.getLogger(__name__)
 
@@ -168,10 +168,11 @@ def _prepared(app: Any) -> tuple[Settings, Engine]:
     """
     settings = Settings.load(app.conf)
     # Seldom used, and never to be inherited by a child: no pool.
+    url = settings.require_database_url()
     return settings, create_engine(
-        settings.require_database_url(),
+        url,
         poolclass=NullPool,
-        connect_args={**CONNECT_ARGUMENTS, "application_name": "pgpubsub-worker"},
+        connect_args=connect_arguments(url, "pgpubsub-worker"),
     )
 
 

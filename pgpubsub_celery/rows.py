@@ -25,6 +25,7 @@ from sqlalchemy import Connection, Dialect, Table, literal_column, select, text
 from sqlalchemy.exc import DBAPIError
 
 from pgpubsub_celery.channels import TriggerChannel
+from pgpubsub_celery.drivers import sqlstate
 from pgpubsub_celery.errors import DecodeError
 from pgpubsub_celery.instances import Processor, builder_of
 from pgpubsub_celery.schema import quote_identifier
@@ -223,7 +224,7 @@ class _Bundle:
             raise exc
         why = type(exc).__name__
         if isinstance(exc, DBAPIError):
-            state = getattr(exc.orig, "pgcode", None) or getattr(exc.orig, "sqlstate", None) or ""
+            state = sqlstate(exc) or ""
             if exc.connection_invalidated or state.startswith(_TRANSIENT):
                 raise exc
             why = re.sub(r'"[^"]*"', '"…"', str(exc.orig).strip().split("\n")[0])

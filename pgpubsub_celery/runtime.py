@@ -21,13 +21,13 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.orm import Session
 
+from pgpubsub_celery.drivers import connect_arguments
 from pgpubsub_celery.errors import SettingsError
 from pgpubsub_celery.measuring import Means
 from pgpubsub_celery.roundtrips import autocommitting
 from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.store import Store
 from pgpubsub_celery.transactions import guarding
-from pgpubsub_celery.wakeups import CONNECT_ARGUMENTS
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +87,10 @@ class Runtime:
             # A pool opened before the fork is the parent's; this process starts with an empty one.
             bound.dispose(close=False)
             return bound
+        url = self.settings.require_database_url()
         engine = create_engine(
-            self.settings.require_database_url(),
-            connect_args={**CONNECT_ARGUMENTS, "application_name": "pgpubsub-worker"},
+            url,
+            connect_args=connect_arguments(url, "pgpubsub-worker"),
             max_overflow=100,
         )
         event.listen(engine, "connect", _notice_dead_clients)
