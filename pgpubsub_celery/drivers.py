@@ -1,15 +1,17 @@
 """What psycopg2 and psycopg 3 do differently, so that nobody else need know which of the two it is.
 
 Owns the choice of the driver by a URL, what a connection is opened with, the reading of an error's SQLSTATE, what a
-connection hears, and the cleaning up after a query that an exception has cut short. Never sends a statement, but for
-that last case. Imports neither driver before it is used.
+connection hears, how a value is read, and the cleaning up after a query that an exception has cut short. Never sends
+a statement. Imports neither driver before it is used.
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import importlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
@@ -84,6 +86,30 @@ def end_interrupted(connection: Connection) -> None:
     raw.cancel()
     while raw.pgconn.get_result() is not None:
         pass
+
+
+def parameter(connection: Connection, name: str) -> str | None:
+    """Return a setting of the session that the server tells drivers of, such as DateStyle; asks nobody."""
+    raw: Any = connection.connection.driver_connection
+    told = raw.info.parameter_status if connection.dialect.driver == "psycopg" else raw.get_parameter_status
+    value = told(name)
+    return None if value is None else str(value)
+
+
+@contextlib.contextmanager
+def reading(connection: Connection) -> Iterator[Callable[[int, str], Any]]:
+    """Give what reads the server's text for a value, by the oid of its type, as the driver does in a result."""
+    raw: Any = connection.connection.driver_connection
+    if connection.dialect.driver == "psycopg":
+        from psycopg.adapt import Transformer
+        from psycopg.pq import Format
+
+        transformer = Transformer(raw)
+        encoding = raw.info.encoding
+        yield lambda oid, value: transformer.get_loader(oid, Format.TEXT).load(value.encode(encoding))
+    else:
+        with contextlib.closing(raw.cursor()) as cursor:
+            yield cursor.cast
 
 
 class Notify(NamedTuple):

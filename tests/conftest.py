@@ -149,6 +149,11 @@ def of_driver(url: str) -> str:
     return url if driver is None else url.replace("postgresql://", f"postgresql+{driver}://", 1)
 
 
+def libpq_url(url: str) -> str:
+    """Return a URL as libpq, and so a driver's own `connect`, understands it."""
+    return sync_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+
+
 @contextlib.contextmanager
 def _database(postgres: EmbeddedPostgres, template: str | None = None) -> Iterator[str]:
     name = f"test_{next(_numbers)}"

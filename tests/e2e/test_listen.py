@@ -65,6 +65,15 @@ def test_committed_changes_become_finished_tasks(shop: Shop, database: Engine) -
     )
 
 
+def test_bridge_and_worker_run_on_psycopg_3(shop: Shop, database: Engine) -> None:
+    """The URL chooses it, for both and for their children."""
+    shop.database_url = shop.database_url.replace("postgresql://", "postgresql+psycopg://")
+    shop.worker()
+    shop.bridge()
+    emit(database, app.Order(number=1), app.Call(number=2), app.Ping(number=3))
+    all_done(database, {("order", 1): 1, ("call-begun", 2): 1, ("call", 2): 1, ("ping", 3): 1})
+
+
 def test_a_rolled_back_transaction_leaves_nothing(shop: Shop, database: Engine) -> None:
     """Neither rows, nor tasks."""
     shop.worker()
