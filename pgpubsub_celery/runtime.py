@@ -6,6 +6,7 @@ running notifications. One for each application and process; a forked child neve
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -13,8 +14,8 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 from sqlalchemy import Connection, Engine, create_engine, event
@@ -28,6 +29,9 @@ from pgpubsub_celery.roundtrips import autocommitting
 from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.store import Store
 from pgpubsub_celery.transactions import guarding
+
+if TYPE_CHECKING:
+    from pgpubsub_celery.runs import Run
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +62,8 @@ class Runtime:
         self.savepoints_each: dict[str, float] = {}
         """By listener: savepoints that a run needed lately. Written by whichever thread has run some."""
         self.heartbeat = Heartbeat(self)
+        self.observer: Callable[[Run], object] | None = None
+        """Told of each run that has ended, before it is settled: for tests."""
 
     @classmethod
     def of(cls, app: Celery) -> Runtime:
@@ -98,6 +104,20 @@ class Runtime:
         event.listen(engine, "checkout", _Awake(engine))
         return engine
 
+    @classmethod
+    @contextlib.contextmanager
+    def replaced(cls, app: Celery, runtime: Runtime) -> Iterator[None]:
+        """Let `of` return another runtime for `app` within the block, in all threads of this process."""
+        before = _runtimes.get(app)
+        _runtimes[app] = (os.getpid(), runtime)
+        try:
+            yield
+        finally:
+            if before is None:
+                del _runtimes[app]
+            else:
+                _runtimes[app] = before
+
     def connect(self) -> Connection:
         """Return a connection for a listener's transaction (READ COMMITTED, which the row locks rely on)."""
         return (self._guard or self._guarded()).connect()
@@ -106,7 +126,7 @@ class Runtime:
         engine = self.engine
         return self._guard or engine
 
-    def autocommit(self) -> Connection:
+    def autocommit(self) -> contextlib.AbstractContextManager[Connection]:
         """Return a connection on which each statement is its own transaction."""
         engine = self.engine
         return (self._autocommit or engine).connect()
