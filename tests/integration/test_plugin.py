@@ -60,38 +60,11 @@ def test_without_a_server_one_is_started(suite: pytest.Pytester) -> None:
     suite.runpytest_subprocess(*OPTIONS).assert_outcomes(passed=1)
 
 
-def test_tests_do_not_see_each_other(suite: pytest.Pytester, server: str) -> None:
-    """Neither those that roll back nor those that commit, however they are mixed, and whatever they commit."""
-    suite.makepyfile("""
-        import pytest
-        from sqlalchemy import text
-        from sqlalchemy.orm import Session
-        from blog import Author
-        from pgpubsub_celery.testing import drain
+def test_a_suite_on_a_server_of_somebody_elses(suite: pytest.Pytester, postgres: EmbeddedPostgres) -> None:
+    """As pytest-postgresql's: one fixture of a plain URL gives it, others the tables and the application.
 
-
-        @pytest.mark.parametrize("n", [1, 2])
-        def test_rolled_back(pgpubsub_session, pgpubsub_drain, n):
-            pgpubsub_session.add(Author(id=1, name="Ann"))
-            pgpubsub_session.commit()
-            assert pgpubsub_session.execute(text("SELECT count(*) FROM author")).scalar() == 1
-            assert len(pgpubsub_drain()) == 1
-
-
-        @pytest.mark.parametrize("n", [1, 2])
-        def test_committed(pgpubsub_engine, pgpubsub_session, n):
-            with Session(pgpubsub_engine) as session, session.begin():
-                session.add(Author(id=1, name="Ann"))
-            assert len(drain(pgpubsub_engine)) == 1
-            assert pgpubsub_session.execute(text("SELECT count(*) FROM author")).scalar() == 0
-    """)
-    suite.runpytest_subprocess(*OPTIONS).assert_outcomes(passed=4)
-
-
-def test_fixtures_of_others_give_the_server_the_tables_and_the_application(
-    suite: pytest.Pytester, postgres: EmbeddedPostgres
-) -> None:
-    """As pytest-postgresql's would: one fixture of a plain URL."""
+    Its tests do not see each other, whatever they commit; one that fails shows the near misses, and not our code.
+    """
     suite.makeconftest(f"""
         import pytest
         from sqlalchemy import text
@@ -120,31 +93,38 @@ def test_fixtures_of_others_give_the_server_the_tables_and_the_application(
             return app
     """)
     suite.makepyfile("""
+        import pytest
         from celery import Celery
         from sqlalchemy import text
-        from blog import Author
+        from sqlalchemy.orm import Session
+        from blog import Author, PostReads, app, read_post
+        from pgpubsub_celery.testing import assert_emitted, drain
 
-        def test_all_of_them(pgpubsub_session, pgpubsub_drain):
+
+        @pytest.mark.parametrize("n", [1, 2])
+        def test_rolled_back(pgpubsub_session, pgpubsub_drain, n):
             Celery("another", set_as_current=True)
             pgpubsub_session.execute(text("SELECT FROM prepared"))
             pgpubsub_session.add(Author(id=1, name="Ann"))
+            pgpubsub_session.commit()
+            assert pgpubsub_session.execute(text("SELECT count(*) FROM author")).scalar() == 1
             assert len(pgpubsub_drain()) == 1
-    """)
-    suite.runpytest_subprocess(*OPTIONS).assert_outcomes(passed=1)
 
 
-def test_a_failure_shows_the_near_misses_and_not_our_code(suite: pytest.Pytester, server: str) -> None:
-    """The last line of the traceback is the test's own."""
-    suite.makepyfile("""
-        from blog import PostReads, read_post
-        from pgpubsub_celery.testing import assert_emitted
+        @pytest.mark.parametrize("n", [1, 2])
+        def test_committed(pgpubsub_engine, pgpubsub_session, n):
+            with Session(pgpubsub_engine) as session, session.begin():
+                session.add(Author(id=1, name="Ann"))
+            assert len(drain(pgpubsub_engine, app=app)) == 1
+            assert pgpubsub_session.execute(text("SELECT count(*) FROM author")).scalar() == 0
 
-        def test_it(pgpubsub_session):
+
+        def test_failing(pgpubsub_session):
             read_post(pgpubsub_session, 5, "Bea")
             assert_emitted(pgpubsub_session, PostReads, post_id=6)
     """)
     result = suite.runpytest_subprocess(*OPTIONS)
-    result.assert_outcomes(failed=1)
+    result.assert_outcomes(passed=4, failed=1)
     result.stdout.fnmatch_lines(
         [
             "*assert_emitted(pgpubsub_session, PostReads, post_id=6)",
