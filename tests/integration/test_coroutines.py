@@ -28,9 +28,8 @@ from pgpubsub_celery.coroutines import close_loop
 from pgpubsub_celery.errors import BindError, ListenerError
 from pgpubsub_celery.runtime import Runtime
 from pgpubsub_celery.testing import drain
+from tests.fixtures.coroutines import forever, moment
 from tests.fixtures.deliveries import Deliveries
-
-LONG = 3600.0
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ class Errands:
 
         @channel_task(Errand, app=app, bind=True, name="coroutines.run", **options)
         async def run(task: Any, number: int, context: dict[str, Any], notification: NotificationInfo) -> int:
-            await asyncio.sleep(0)
+            await moment()
             await self.do(task, number, notification)
             return number
 
@@ -113,7 +112,7 @@ def test_runs_of_one_thread_share_a_loop_and_what_is_bound_to_it(errands: Errand
 
     async def background() -> None:
         for _ in range(3):
-            await asyncio.sleep(0)
+            await moment()
         errands.seen.append("done")
 
     async def look(task: Any, number: int, notification: NotificationInfo) -> None:
@@ -196,7 +195,7 @@ def test_a_coroutine_cancelled_from_inside_fails_its_notification_alone(errands:
             own = asyncio.current_task()
             assert own is not None
             own.cancel()
-        await asyncio.sleep(0)
+        await moment()
         errands.seen.append(number)
 
     errands.do = cancel
@@ -211,7 +210,7 @@ def test_lists_are_given_to_coroutines_too(app: Celery, errands: Errands) -> Non
 
     @channel_task(errands.channel, app=app, name="coroutines.listed", batch=10)
     async def listed(messages: list[Any], notifications: list[NotificationInfo]) -> None:
-        await asyncio.sleep(0)
+        await moment()
         numbers = [message.number for message in messages]
         assert len(notifications) == len(numbers)
         errands.seen.append(numbers)
@@ -288,9 +287,9 @@ def test_a_soft_time_limit_cancels_what_a_coroutine_waits_for(errands: Errands, 
         if number == 1:
             threading.Timer(0.05, limit).start()
             try:
-                await asyncio.sleep(LONG)
+                await forever()
             finally:
-                await asyncio.sleep(0)
+                await moment()
                 errands.seen.append("cleaned up")
         errands.seen.append(number)
 
@@ -323,7 +322,7 @@ def test_a_soft_time_limit_is_not_lost_in_a_callback_of_the_loop(errands: Errand
 
     async def wait(task: Any, number: int, notification: NotificationInfo) -> None:
         asyncio.get_running_loop().call_soon(limit)
-        await asyncio.sleep(LONG)
+        await forever()
 
     errands.do = wait
     errands.emit(1)
@@ -337,7 +336,7 @@ def test_a_process_that_is_told_to_end_lets_the_coroutine_clean_up(errands: Erra
     async def leave(task: Any, number: int, notification: NotificationInfo) -> None:
         asyncio.get_running_loop().call_soon(sys.exit, 3)
         try:
-            await asyncio.sleep(LONG)
+            await forever()
         finally:
             errands.seen.append("cleaned up")
 
@@ -354,9 +353,9 @@ def test_a_process_that_is_told_to_end_lets_the_coroutine_clean_up(errands: Erra
 def test_closing_the_loop_ends_what_is_left_on_it(errands: Errands) -> None:
     """Tasks, and generators that nobody has finished; a later run has another loop."""
 
-    async def forever() -> None:
+    async def lasting() -> None:
         try:
-            await asyncio.sleep(LONG)
+            await forever()
         finally:
             errands.seen.append("cancelled")
 
@@ -371,8 +370,8 @@ def test_closing_the_loop_ends_what_is_left_on_it(errands: Errands) -> None:
     async def leave(task: Any, number: int, notification: NotificationInfo) -> None:
         generator = numbers()
         await generator.__anext__()
-        kept.extend((generator, asyncio.ensure_future(forever()), asyncio.get_running_loop()))
-        await asyncio.sleep(0)
+        kept.extend((generator, asyncio.ensure_future(lasting()), asyncio.get_running_loop()))
+        await moment()
 
     errands.do = leave
     errands.emit(1)
