@@ -450,6 +450,21 @@ def test_a_task_called_as_one_is_run_to_its_end(errands: Errands, inside: bool) 
     assert (result, errands.seen) == (5, [0, 1])
 
 
+def test_a_functions_listener_called_as_a_task_retries_as_any_other(app: Celery, errands: Errands) -> None:
+    """Its request is the task's, not that of a direct call."""
+
+    @channel_task(errands.channel, app=app, bind=True, name="coroutines.plain", max_retries=2)
+    def plain(task: Any, number: int, session: Any) -> int:
+        errands.seen.append(task.request.retries)
+        if task.request.retries < number:
+            raise task.retry(countdown=0)
+        return number
+
+    task: Any = plain
+    assert task.apply(args=(2,)).get() == 2
+    assert errands.seen == [0, 1, 2]
+
+
 def test_drain_runs_coroutines_in_tests_of_both_kinds(errands: Errands) -> None:
     """In the thread of a test that is a coroutine itself, the loop is taken: another one runs them."""
 
