@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, text
 
 from pgpubsub_celery.embedded import EmbeddedPostgres
 from pgpubsub_celery.settings import sync_url
+from tests.fixtures.pages import DOCS, application
 
-PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
+PAGE = DOCS / "testing.md"
 OPTIONS = ("-W", "error", "-p", "no:cacheprovider", "-q")
-
-
-def examples() -> dict[str, str]:
-    """Return the files of docs/testing.md, each named by its first line."""
-    blocks = re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    return dict(blocks)
 
 
 @pytest.fixture
 def suite(pytester: pytest.Pytester) -> pytest.Pytester:
     """A folder with the application of docs/testing.md, and no tests."""
-    pytester.path.joinpath("blog.py").write_text(examples()["blog.py"], encoding="utf-8")
+    pytester.path.joinpath("blog.py").write_text(application(PAGE)["blog.py"], encoding="utf-8")
     return pytester
 
 
@@ -48,7 +41,7 @@ def databases(server: str) -> list[str]:
 
 def test_the_examples_of_the_page_work(suite: pytest.Pytester, server: str) -> None:
     """All of them, on one server, in two processes that share it; of their databases none is left."""
-    for name, source in examples().items():
+    for name, source in application(PAGE).items():
         suite.path.joinpath(name).write_text(source, encoding="utf-8")
     suite.runpytest_subprocess(*OPTIONS, "-n", "2").assert_outcomes(passed=6)
     assert databases(server) == []
@@ -56,7 +49,7 @@ def test_the_examples_of_the_page_work(suite: pytest.Pytester, server: str) -> N
 
 def test_without_a_server_one_is_started(suite: pytest.Pytester) -> None:
     """And nothing has to be configured."""
-    suite.path.joinpath("test_welcome.py").write_text(examples()["test_welcome.py"], encoding="utf-8")
+    suite.path.joinpath("test_welcome.py").write_text(application(PAGE)["test_welcome.py"], encoding="utf-8")
     suite.runpytest_subprocess(*OPTIONS).assert_outcomes(passed=1)
 
 
