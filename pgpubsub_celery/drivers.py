@@ -65,6 +65,17 @@ def connect_arguments(url: URL, application_name: str) -> dict[str, Any]:
     return arguments
 
 
+@contextlib.contextmanager
+def preparing(connection: Connection) -> Iterator[None]:
+    """Let psycopg 3 prepare what is executed within the block, and execute it as it was prepared before."""
+    raw: Any = connection.connection.driver_connection
+    raw.prepare_threshold = 0
+    try:
+        yield
+    finally:
+        raw.prepare_threshold = None
+
+
 def sqlstate(exc: DBAPIError) -> str | None:
     """Return the SQLSTATE of an error, or None when it did not come from the server; whichever driver raised it."""
     state = getattr(exc.orig, "sqlstate", None) or getattr(exc.orig, "pgcode", None)
