@@ -31,6 +31,12 @@ BROKER_DATABASES = 4096
 _numbers = itertools.count()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let psycopg 3 say nothing of what psycopg2 never mentions: pools that a test leaves to the garbage collector."""
+    if os.environ.get(DRIVER) == "psycopg":
+        config.addinivalue_line("filterwarnings", "ignore:.* was deleted while still open:ResourceWarning")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_of_the_caller() -> Iterator[None]:
     """Take the developer's own settings, such as PGPUBSUB_DATABASE_URL or PGHOST, out of the tests' environment."""

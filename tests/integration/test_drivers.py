@@ -55,6 +55,7 @@ def app(url: str, registry: None) -> Iterator[Celery]:
     app = Celery("drivers", broker="memory://", set_as_current=True)
     app.conf.pgpubsub_database_url = url
     yield app
+    Runtime.of(app).engine.dispose()
     app.close()
 
 
@@ -199,7 +200,6 @@ def test_nothing_is_prepared_on_connections_of_ours(url: str, app: Celery) -> No
         assert connection.execute(text("SELECT count(*) FROM pg_prepared_statements")).scalar() == 0
         name = connection.execute(text("SELECT current_setting('application_name')")).scalar()
     assert name == connect_arguments(sync_url(url), "pgpubsub-worker")["application_name"]
-    Runtime.of(app).engine.dispose()
 
 
 def test_a_soft_time_limit_in_the_middle_of_a_query_fails_that_run_alone(
@@ -219,7 +219,6 @@ def test_a_soft_time_limit_in_the_middle_of_a_query_fails_that_run_alone(
     (row,) = deliveries.rows()
     assert (row["state"], row["error"]) == ("failed", "SoftTimeLimitExceeded: SoftTimeLimitExceeded()")
     assert "was not committed" not in caplog.text
-    Runtime.of(app).engine.dispose()
 
 
 class _Alarm:
