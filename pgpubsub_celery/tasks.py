@@ -72,10 +72,12 @@ class ListenerTask(Task):  # type: ignore[misc]  # celery has no types
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the listener: for a notification inside its run, else as any task, with what is missing filled in."""
-        traced = self._is_traced()
         run = current_run()
         if run is not None and run.starting(self):
+            if self.coroutine_function is not None:
+                self._is_traced()  # what its coroutine calls is not
             return run.run(self._run_user, kwargs)
+        traced = self._is_traced()
         if self.coroutine_function is not None and not traced:
             return self._call_coroutine(args, kwargs)
         with _filled_in(self, args, kwargs) as filled:

@@ -432,6 +432,20 @@ def test_a_direct_call_is_a_coroutine_as_the_functions_own(errands: Errands) -> 
     assert loops[0] is loops[1]
 
 
+def test_a_coroutine_that_calls_its_own_listener_awaits_a_coroutine(errands: Errands) -> None:
+    """In a notification's run, where the first call is the worker's, and the others are its own."""
+
+    async def again(task: Any, number: int, notification: NotificationInfo | None) -> None:
+        errands.seen.append(number)
+        if number > 1:
+            assert await errands.task(number=number - 1) == number - 1
+
+    errands.do = again
+    errands.emit(3)
+    errands.deliveries.run()
+    assert (errands.seen, errands.errors) == ([3, 2, 1], [])
+
+
 @pytest.mark.parametrize("inside", [False, True], ids=["in a function", "in a coroutine"])
 def test_a_task_called_as_one_is_run_to_its_end(errands: Errands, inside: bool) -> None:
     """By apply(), and by delay() where that is eager; with retries that are counted."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from celery import Celery, signals
 from celery.exceptions import Reject
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
@@ -478,6 +478,29 @@ def test_an_async_session_drains_by_run_sync(blog: Blog, driver: str) -> None:
     assert asyncio.run(body()) == ["Welcome Ann"]
     with blog.engine.connect() as after:
         assert blog.states(after) == []
+
+
+class Tenants(Session):
+    """As an application has one."""
+
+
+TenantSession = sessionmaker(create_engine("postgresql+psycopg2://postgres@127.0.0.1:1/none"), class_=Tenants)
+
+
+def test_listeners_sessions_are_of_the_applications_factory(app: Celery, blog: Blog, session: Session) -> None:
+    """On the test's connection, whatever engine the factory is bound to."""
+    app.conf.pgpubsub_session_factory = f"{__name__}.TenantSession"
+    seen: list[type[Session]] = []
+
+    def look(task: Any, number: int, inner: Session) -> None:
+        inner.add(Post(title="here"))
+        seen.append(type(inner))
+
+    blog.do = look
+    notify(session, blog.work(number=1))
+    drain(session)
+    assert [issubclass(kind, Tenants) for kind in seen] == [True]
+    assert [post.title for post in session.query(Post)] == ["here"]
 
 
 # Outside of one
