@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlalchemy.pool import StaticPool
 
+from pgpubsub_celery.roundtrips import autocommitting
 from pgpubsub_celery.runtime import Heartbeat, Runtime
 from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.transactions import guarding
@@ -29,6 +30,7 @@ class EngineRuntime(Runtime):
         super().__init__(settings)
         self._engine = engine
         self._guard = guarding(engine)
+        self._autocommit = autocommitting(engine)
         self.heartbeat = _NoHeartbeat(self)
 
 
@@ -36,7 +38,12 @@ class NestedRuntime(EngineRuntime):
     """The runtime of a connection whose transaction is the caller's."""
 
     def __init__(self, settings: Settings, connection: Connection) -> None:
-        super().__init__(settings, nested_engine(connection))
+        engine = nested_engine(connection)
+        super().__init__(settings, engine)
+        # A guard begins transactions of its own kind, which would have to be the connection's first.
+        assert self._guard is not None
+        guard: Any = self._guard.dialect
+        guard.do_begin = engine.dialect.do_begin
 
     @contextlib.contextmanager
     def autocommit(self) -> Iterator[Connection]:
