@@ -46,7 +46,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(Callable|ClassVar|Generic|Iterable|Literal|Mapping|Sequence)"),
     (r"py:.*", r"(Connection|Engine|Mapped|MetaData|Session|Table)"),
     # Type variables, and what is in a signature without being public.
-    (r"py:.*", r"(.*\.)?[MPR]|(.*\.)?(Acknowledging|Columns|_Base|_SuppressNotifications)"),
+    (r"py:.*", r"(.*\.)?[CMPR]|(.*\.)?(Acknowledging|Columns|_Base|_SuppressNotifications)"),
 ]
 
 

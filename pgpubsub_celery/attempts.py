@@ -14,7 +14,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from pgpubsub_celery.binds import is_autocommit, sqlstate_of
+from pgpubsub_celery.binds import is_autocommit
+from pgpubsub_celery.drivers import sqlstate
 from pgpubsub_celery.errors import BindError, PgPubSubError
 
 P = ParamSpec("P")
@@ -76,7 +77,7 @@ class Attempts:
                 with self._transaction() as connection, self._alone(connection, deadline):
                     return function(connection, *args, **kwargs)
             except DBAPIError as exc:
-                state = sqlstate_of(exc)
+                state = sqlstate(exc)
                 if state in (_LOCK_NOT_AVAILABLE, _DEADLOCK) and time.monotonic() < deadline:
                     time.sleep(PAUSE)
                     continue

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Engine, update
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.orm import Session, scoped_session
 
+from pgpubsub_celery.drivers import sqlstate
 from pgpubsub_celery.errors import BindError, NotInstalledError, PgPubSubError
 from pgpubsub_celery.models import Notification
 
@@ -86,18 +87,12 @@ def is_autocommit(connection: Connection) -> bool:
     return getattr(connection.connection.dbapi_connection, "autocommit", False) is True
 
 
-def sqlstate_of(exc: DBAPIError) -> str | None:
-    """Return the SQLSTATE of an error, whichever driver raised it."""
-    state = getattr(exc.orig, "sqlstate", None) or getattr(exc.orig, "pgcode", None)
-    return None if state is None else str(state)
-
-
 def explain(exc: DBAPIError, caller: str, schema: str) -> PgPubSubError | None:
     """Return the error to raise from `exc` where it means that something is not installed or granted, else None.
 
     The statement has failed by then, and the caller's transaction with it: there is nothing to be asked any more.
     """
-    state = sqlstate_of(exc)
+    state = sqlstate(exc)
     said = str(exc.orig).strip().splitlines()[0] if str(exc.orig).strip() else ""
     # undefined function, schema, table
     if state in ("42883", "3F000", "42P01"):

@@ -24,6 +24,7 @@ from pgpubsub_celery.apps import load_app
 from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.channels import Channel, select_channels
 from pgpubsub_celery.dispatch import Batch, Dispatcher, Standing
+from pgpubsub_celery.drivers import sqlstate
 from pgpubsub_celery.emit import EnqueuedTask
 from pgpubsub_celery.errors import ConnectionLostError, NotInstalledError, PgPubSubError, ReadOnlyDatabaseError
 from pgpubsub_celery.listeners import Listener, registered_listeners
@@ -563,6 +564,6 @@ _OUTAGE_STATES = ("08", "57P", "53", "25006")
 
 
 def _is_outage(exc: DBAPIError) -> bool:
-    state = getattr(exc.orig, "pgcode", None)
+    state = sqlstate(exc)
     # Without a state it never reached a server, or lost it in the middle.
     return exc.connection_invalidated or state is None or state.startswith(_OUTAGE_STATES)

@@ -326,6 +326,8 @@ class Delivery:
 
     def count(self, run: Run) -> None:
         """Count the run's outcome for the message's own result."""
+        if self.runtime.observer is not None:
+            self.runtime.observer(run)
         if run.outcome != SPLIT:
             self._outcomes[run.outcome] = self._outcomes.get(run.outcome, 0) + len(run.rows)
 

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from pgpubsub_celery import announcements, runs
 from pgpubsub_celery.delivery import Delivery, Part, halves
+from pgpubsub_celery.drivers import end_interrupted, sqlstate
 from pgpubsub_celery.errors import TransactionEndedError
 from pgpubsub_celery.runs import DONE, FAILED, RELEASED, RETRY, SPLIT, Run
 from pgpubsub_celery.transactions import ENDED, Transaction
@@ -43,11 +44,6 @@ _SERIALIZATION = "40001"
 # A savepoint that is not there, or outside of any transaction: the listener has ended ours behind our back.
 _ENDED_STATES = {"3B001", "25P01"}
 _IDLE_TIMEOUT = "25P03"
-
-
-def sqlstate(exc: DBAPIError) -> str | None:
-    """Return the SQLSTATE of a driver's error, or None when it did not come from the server."""
-    return getattr(exc.orig, "pgcode", None) or getattr(exc.orig, "sqlstate", None)
 
 
 class LockedDelivery(Delivery):
@@ -322,6 +318,8 @@ class _Inside:
             used = self._finish(session)
         except BaseException:
             run.seconds = time.monotonic() - started
+            with contextlib.suppress(Exception):
+                end_interrupted(self._connection)
             with contextlib.suppress(Exception):
                 session.rollback()
             raise

@@ -14,8 +14,9 @@ from sqlalchemy.exc import DBAPIError
 
 from pgpubsub_celery import drift, trigger_drift
 from pgpubsub_celery.attempts import Attempts, first_line
-from pgpubsub_celery.binds import is_autocommit, sqlstate_of
+from pgpubsub_celery.binds import is_autocommit
 from pgpubsub_celery.channels import Channel, TriggerChannel, registered_channels
+from pgpubsub_celery.drivers import sqlstate
 from pgpubsub_celery.emit import current_schema
 from pgpubsub_celery.errors import NotInstalledError, PgPubSubError
 from pgpubsub_celery.schema import EMIT_FUNCTIONS, Names, quote_identifier
@@ -338,7 +339,7 @@ def _grant(connection: Connection, role: str, *rights: str) -> None:
             execute_literally(connection, f"GRANT {right} TO {quote_identifier(role)}")
         except DBAPIError as exc:
             # undefined function, table, schema
-            if sqlstate_of(exc) in ("42883", "42P01", "3F000"):
+            if sqlstate(exc) in ("42883", "42P01", "3F000"):
                 raise NotInstalledError(
                     f"There is nothing to grant yet ({first_line(exc)}): run install first."
                 ) from exc

@@ -15,6 +15,8 @@ from typing import Any
 from sqlalchemy import Connection, CursorResult, TextClause, text
 from sqlalchemy.exc import DBAPIError
 
+from pgpubsub_celery import drivers
+
 _KEY = "pgpubsub_prepared"
 
 _PLACEHOLDER = re.compile(r"%%|%\((\w+)\)s")
@@ -29,12 +31,7 @@ def allow(connection: Connection) -> None:
     Their plans are made once, for any parameters: with others each time, nothing would be saved.
     """
     connection.exec_driver_sql("SET plan_cache_mode = force_generic_plan")
-    if connection.dialect.driver == "psycopg2":
-        connection.info[_KEY] = set()
-    else:
-        # psycopg 3 prepares by itself what it is told to.
-        raw: Any = connection.connection.driver_connection
-        raw.prepare_threshold = 0
+    connection.info[_KEY] = set()
 
 
 class Prepared:
@@ -51,14 +48,18 @@ class Prepared:
         prepared: set[str] | None = connection.info.get(_KEY)
         if prepared is None:
             return connection.execute(self.statement, parameters)
-        sql, call = self.texts(connection)
         try:
+            if connection.dialect.driver == "psycopg":
+                # It has names and texts of its own for this, and keeps account of them.
+                with drivers.preparing(connection):
+                    return connection.execute(self.statement, parameters)
+            sql, call = self.texts(connection)
             if self.name not in prepared:
                 connection.exec_driver_sql(sql)
                 prepared.add(self.name)
             return connection.execute(call, parameters)
         except DBAPIError as exc:
-            if getattr(exc.orig, "pgcode", None) not in _ANOTHER_SESSION:
+            if drivers.sqlstate(exc) not in _ANOTHER_SESSION:
                 raise
             del connection.info[_KEY]
             return connection.execute(self.statement, parameters)

@@ -23,13 +23,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from pgpubsub_celery import announcements
+from pgpubsub_celery.drivers import connect_arguments
 from pgpubsub_celery.errors import PgPubSubError
 from pgpubsub_celery.messages import KEYWORD, Envelope, notification_task_id
 from pgpubsub_celery.runs import one_line
 from pgpubsub_celery.settings import DEFAULT_DATABASE, Settings
 from pgpubsub_celery.store import Store
 from pgpubsub_celery.telling import WANTED
-from pgpubsub_celery.wakeups import CONNECT_ARGUMENTS
 
 logger = logging.getLogger(__name__)
 
@@ -182,17 +182,18 @@ def _prepared(app: Any, database: str | None) -> Places:
     if database in aliases:
         aliases = (database,)
     # Seldom used, and never to be inherited by a child: no pool.
+    found = [Settings.load(app.conf, database=alias) for alias in aliases]
+    urls = [
+        (settings, settings.require_database_url())
+        for settings in found
+        if settings.database_url is not None or len(aliases) == 1
+    ]
     return [
         (
             settings,
-            create_engine(
-                settings.require_database_url(),
-                poolclass=NullPool,
-                connect_args={**CONNECT_ARGUMENTS, "application_name": "pgpubsub-worker"},
-            ),
+            create_engine(url, poolclass=NullPool, connect_args=connect_arguments(url, "pgpubsub-worker")),
         )
-        for settings in (Settings.load(app.conf, database=alias) for alias in aliases)
-        if settings.database_url is not None or len(aliases) == 1
+        for settings, url in urls
     ]
 
 

@@ -17,13 +17,14 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from celery.exceptions import SoftTimeLimitExceeded
 from sqlalchemy import Connection, Dialect, Table, literal_column, select, text
 from sqlalchemy.exc import DBAPIError
 
+from pgpubsub_celery import drivers
 from pgpubsub_celery.channels import TriggerChannel
 from pgpubsub_celery.errors import DecodeError
 from pgpubsub_celery.instances import Processor, builder_of
@@ -129,9 +130,11 @@ class _Bundle:
             return [DecodeError(f"{self._channel.name()}: there is no table {name} any more.") for _ in texts]
         local, remote = self._split(shape, texts)
         found: list[dict[str, Any] | DecodeError] = []
-        raw: Any = self._connection.connection.dbapi_connection if local else None
-        with contextlib.closing(raw.cursor()) if local else contextlib.nullcontext() as cursor:
-            found.extend(self._convert_here(cursor, local, one) for one in texts)
+        if local:
+            with drivers.reading(self._connection) as read:
+                found.extend(self._convert_here(read, local, one) for one in texts)
+        else:
+            found.extend({} for _ in texts)
         if remote:
             self._convert_in_database(shape, remote, texts, found)
         return found
@@ -152,7 +155,9 @@ class _Bundle:
                 local.append(_Local(name, found, self._builder.processor(name, self._connection.dialect, found.oid)))
         return local, remote
 
-    def _convert_here(self, cursor: Any, local: Sequence[_Local], texts: _Texts) -> dict[str, Any] | DecodeError:
+    def _convert_here(
+        self, read: Callable[[int, str], Any], local: Sequence[_Local], texts: _Texts
+    ) -> dict[str, Any] | DecodeError:
         values: dict[str, Any] = {}
         for column in local:
             try:
@@ -161,7 +166,7 @@ class _Bundle:
                 continue
             try:
                 if value is not None:
-                    value = cursor.cast(column.found.oid, value)
+                    value = read(column.found.oid, value)
                 values[column.name] = value if column.process is None else column.process(value)
             except Exception as exc:  # noqa: BLE001 - a type of the application's may raise anything
                 return self._error(exc, column.name, column.found)
@@ -223,7 +228,7 @@ class _Bundle:
             raise exc
         why = type(exc).__name__
         if isinstance(exc, DBAPIError):
-            state = getattr(exc.orig, "pgcode", None) or getattr(exc.orig, "sqlstate", None) or ""
+            state = drivers.sqlstate(exc) or ""
             if exc.connection_invalidated or state.startswith(_TRANSIENT):
                 raise exc
             why = re.sub(r'"[^"]*"', '"…"', str(exc.orig).strip().split("\n")[0])
@@ -313,8 +318,8 @@ WHERE t.typtype <> 'd'
 """
 )
 
-# By the oids of Postgres's own types, which never change. `_PSYCOPG2`: its typecasters read the text.
-_PSYCOPG2 = "psycopg2"
+# By the oids of Postgres's own types, which never change.
+_DRIVERS = ("psycopg2", "psycopg")
 _ISO = "DateStyle = ISO"
 _UTC = "TimeZone = UTC"
 _INTERVALS = "IntervalStyle = postgres"
@@ -354,14 +359,13 @@ def _settings_for(row: Any) -> frozenset[str]:
 
 def _session_facts(connection: Connection) -> frozenset[str] | None:
     """What holds in this session, as the server has told the driver; None for drivers that cannot cast here."""
-    raw: Any = connection.connection.dbapi_connection
-    if connection.dialect.driver != _PSYCOPG2 or raw.encoding != "UTF8":
+    if connection.dialect.driver not in _DRIVERS or drivers.parameter(connection, "client_encoding") != "UTF8":
         return None
     facts = set()
-    if str(raw.get_parameter_status("DateStyle")).startswith("ISO"):
+    if str(drivers.parameter(connection, "DateStyle")).startswith("ISO"):
         facts.add(_ISO)
-    if raw.get_parameter_status("TimeZone") in ("UTC", "Etc/UTC", "GMT"):
+    if drivers.parameter(connection, "TimeZone") in ("UTC", "Etc/UTC", "GMT"):
         facts.add(_UTC)
-    if raw.get_parameter_status("IntervalStyle") == "postgres":
+    if drivers.parameter(connection, "IntervalStyle") == "postgres":
         facts.add(_INTERVALS)
     return frozenset(facts)

@@ -20,7 +20,8 @@ from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Session
 
 from pgpubsub_celery import logs
-from pgpubsub_celery.errors import ListenerError
+from pgpubsub_celery.binds import run_in
+from pgpubsub_celery.errors import BindError, ListenerError
 from pgpubsub_celery.listeners import Listener
 from pgpubsub_celery.store import Taken
 from pgpubsub_celery.tracing import continued
@@ -82,6 +83,16 @@ class NotificationInfo:
                 f"parameter: {self.listener!r} is acknowledged without it."
             )
         self._acknowledge(session)
+
+    async def aacknowledge(self, session: Any) -> None:
+        """As `acknowledge`, for an AsyncSession or async_scoped_session."""
+
+        def acknowledge(sync: Any) -> None:
+            if not isinstance(sync, Session):
+                raise BindError(f"aacknowledge() was given a {type(session).__name__}: expected an AsyncSession.")
+            self.acknowledge(sync)
+
+        await run_in(session, "aacknowledge", acknowledge)
 
 
 class Run:

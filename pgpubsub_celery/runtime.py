@@ -7,6 +7,7 @@ connections.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -14,21 +15,24 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.orm import Session
 
+from pgpubsub_celery.drivers import connect_arguments
 from pgpubsub_celery.errors import SettingsError
 from pgpubsub_celery.measuring import Means
 from pgpubsub_celery.roundtrips import autocommitting
 from pgpubsub_celery.settings import DEFAULT_DATABASE, Settings
 from pgpubsub_celery.store import Store
 from pgpubsub_celery.transactions import guarding
-from pgpubsub_celery.wakeups import CONNECT_ARGUMENTS
+
+if TYPE_CHECKING:
+    from pgpubsub_celery.runs import Run
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,8 @@ class Runtime:
         self.savepoints_each: dict[str, float] = {}
         """By listener: savepoints that a run needed lately. Written by whichever thread has run some."""
         self.heartbeat = Heartbeat(self)
+        self.observer: Callable[[Run], object] | None = None
+        """Told of each run that has ended, before it is settled: for tests."""
 
     @classmethod
     def of(cls, app: Celery, database: str | None = None) -> Runtime:
@@ -117,15 +123,30 @@ class Runtime:
             # A pool opened before the fork is the parent's; this process starts with an empty one.
             bound.dispose(close=False)
             return bound
+        url = self.settings.require_database_url()
         engine = create_engine(
-            self.settings.require_database_url(),
-            connect_args={**CONNECT_ARGUMENTS, "application_name": "pgpubsub-worker"},
+            url,
+            connect_args=connect_arguments(url, "pgpubsub-worker"),
             max_overflow=100,
         )
         event.listen(engine, "connect", _notice_dead_clients)
         event.listen(engine, "checkin", _note_idle)
         event.listen(engine, "checkout", _Awake(engine))
         return engine
+
+    @classmethod
+    @contextlib.contextmanager
+    def replaced(cls, app: Celery, runtime: Runtime) -> Iterator[None]:
+        """Let `of` return another runtime for `app` within the block, in all threads of this process."""
+        before = _runtimes.get(app)
+        _runtimes[app] = (os.getpid(), runtime)
+        try:
+            yield
+        finally:
+            if before is None:
+                del _runtimes[app]
+            else:
+                _runtimes[app] = before
 
     def connect(self) -> Connection:
         """Return a connection for a listener's transaction (READ COMMITTED, which the row locks rely on)."""
@@ -135,7 +156,7 @@ class Runtime:
         engine = self.engine
         return self._guard or engine
 
-    def autocommit(self) -> Connection:
+    def autocommit(self) -> contextlib.AbstractContextManager[Connection]:
         """Return a connection on which each statement is its own transaction."""
         engine = self.engine
         return (self._autocommit or engine).connect()

@@ -19,6 +19,7 @@ from typing import Any
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from pgpubsub_celery.drivers import choose
 from pgpubsub_celery.errors import SettingsError, did_you_mean
 
 ENVIRONMENT_PREFIX = "PGPUBSUB_"
@@ -31,10 +32,11 @@ OF_DATABASE = ("database_url", "listen_url", "schema", "session_factory")
 
 
 def sync_url(url: str | URL, *, setting: str = "database_url") -> URL:
-    """Return `url` as an SQLAlchemy URL for psycopg2, whatever driver or spelling it was written with.
+    """Return `url` as an SQLAlchemy URL for the driver that this package uses, whatever it was written with.
 
-    Understands `postgres://`, `postgresql://`, and the `+psycopg`, `+asyncpg`, `+pg8000` drivers. asyncpg's
-    `ssl=` becomes libpq's `sslmode=`; SQLAlchemy's own asyncpg cache options are dropped.
+    Understands `postgres://`, `postgresql://`, and the `+psycopg`, `+asyncpg`, `+pg8000` drivers. `+psycopg` is
+    psycopg 3 where that is installed; everything else is psycopg2. asyncpg's `ssl=` becomes libpq's `sslmode=`;
+    SQLAlchemy's own asyncpg cache options are dropped.
     """
     try:
         if isinstance(url, str) and url.startswith("postgres://"):
@@ -55,7 +57,7 @@ def sync_url(url: str | URL, *, setting: str = "database_url") -> URL:
         query["sslmode"] = ssl
     for asyncpg_only in ("prepared_statement_cache_size", "prepared_statement_name_func", "async_fallback"):
         query.pop(asyncpg_only, None)
-    return parsed.set(drivername="postgresql+psycopg2", query=query)
+    return parsed.set(drivername=choose(parsed.drivername), query=query)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,7 +197,7 @@ class Settings:
         return cls(**values)
 
     def require_database_url(self) -> URL:
-        """Return `database_url` for psycopg2; SettingsError with the three places to set it when there is none."""
+        """Return `database_url` by `sync_url`; SettingsError with the three places to set it when there is none."""
         if self.database_url is None and (self.database != DEFAULT_DATABASE or self.databases):
             raise SettingsError(
                 f"The database {self.database!r} has no URL: set {variable('database_url', self.database)}, or name it "

@@ -15,6 +15,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, cast
 from celery import Celery, Task, _state, signals
 from celery.local import Proxy
 
+from pgpubsub_celery import coroutines
 from pgpubsub_celery.channels import EVERY_DATABASE, Channel, TriggerChannel, check_declared, databases_of
 from pgpubsub_celery.delivery import deliver, own_session
 from pgpubsub_celery.errors import ListenerError
@@ -42,6 +43,8 @@ class ListenerTask(Task):  # type: ignore[misc]  # celery has no types
     listener: Listener
     parameters: tuple[str, ...] = ()
     """The function's parameters in order, without the task itself."""
+    coroutine_function: Callable[..., Any] | None = None
+    """What makes the coroutine of an `async def` listener."""
 
     # The lease is the redelivery, and it beats a broker's visibility timeout: nothing is gained by late acks.
     acks_late = False
@@ -71,17 +74,36 @@ class ListenerTask(Task):  # type: ignore[misc]  # celery has no types
         """Run the listener: for a notification inside its run, else as any task, with what is missing filled in."""
         run = current_run()
         if run is not None and run.starting(self):
+            if self.coroutine_function is not None:
+                self._is_traced()  # what its coroutine calls is not
             return run.run(self._run_user, kwargs)
+        traced = self._is_traced()
+        if self.coroutine_function is not None and not traced:
+            return self._call_coroutine(args, kwargs)
         with _filled_in(self, args, kwargs) as filled:
-            return super().__call__(*args, **filled)
+            return self._run_user(*args, **filled) if traced else super().__call__(*args, **filled)
 
-    def _run_user(self, **kwargs: Any) -> Any:
+    def _is_traced(self) -> bool:
+        """Whether this is the call that a tracer makes: one for each request, and the first."""
+        request = self.request_stack.top
+        if request is None or request.called_directly or getattr(request, "pgpubsub_called", False):
+            return False
+        request.pgpubsub_called = True
+        return True
+
+    async def _call_coroutine(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a direct call of an `async def` listener returns, as that of the function would."""
+        assert self.coroutine_function is not None
+        with _filled_in(self, args, kwargs) as filled:
+            return await self.coroutine_function(*args, **filled)
+
+    def _run_user(self, *args: Any, **kwargs: Any) -> Any:
         # An application's task class may wrap every call (Flask's application context); Celery's own __call__
         # would only push a second, empty request.
         for cls in type(self).__mro__[type(self).__mro__.index(ListenerTask) + 1 :]:
             if "__call__" in cls.__dict__:
-                return self.run(**kwargs) if cls is Task else cls.__call__(self, **kwargs)
-        return self.run(**kwargs)
+                return self.run(*args, **kwargs) if cls is Task else cls.__call__(self, *args, **kwargs)
+        return self.run(*args, **kwargs)
 
     @property
     def notification(self) -> NotificationInfo | None:
@@ -158,7 +180,8 @@ def channel_task(
     """Make the decorated function a listener of `channel` and a Celery task.
 
     The function declares any of the channel's fields, and `session`, `context`, `notification`, by name. With
-    `session` it runs inside the transaction that acknowledges its notification; without, no transaction is open.
+    `session` it runs inside the transaction that acknowledges its notification; without, no transaction is open. An
+    `async def` function runs on an event loop that its worker keeps; it cannot have `session`.
 
     Args:
         channel: a `Channel` or `TriggerChannel` class.
@@ -207,6 +230,7 @@ def channel_task(
             fields, injected = read_parameters(function, channel, bound=bound)
         else:
             fields, injected = read_batch_parameters(function, bound=bound)
+        _check_coroutine(function, injected)
         options = dict(celery_task_options)
         options["name"] = options.get("name") or _task_name(function, app)
         listener = Listener(
@@ -238,11 +262,14 @@ def _make_task(function: Callable[..., Any], listener: Listener, app: Celery | N
     def create(application: Celery) -> Any:
         base = options.get("base") or application.Task
         defaults = dict(application.conf.get("pgpubsub_task_options") or {})
+        is_coroutine = inspect.iscoroutinefunction(function)
         task = application._task_from_fun(  # noqa: SLF001 - what app.task and shared_task do
-            function,
+            coroutines.synchronous(function) if is_coroutine else function,
             **{**defaults, **options, "base": type(base.__name__, (ListenerTask, base), {"abstract": True})},
         )
         task.listener = listener
+        if is_coroutine:
+            task.coroutine_function = function.__get__(task) if options.get("bind") else function
         names = tuple(inspect.signature(function).parameters)
         task.parameters = names[1:] if options.get("bind") else names
         task.__header__ = _optional_injected(task.__header__, listener)
@@ -275,6 +302,17 @@ def _check_channel(channel: Any) -> None:
     if not (isinstance(channel, type) and issubclass(channel, Channel)):
         raise ListenerError(f"@channel_task needs a channel class, got {channel!r}: write @channel_task(YourChannel).")
     check_declared(channel)
+
+
+def _check_coroutine(function: Callable[..., Any], injected: frozenset[str]) -> None:
+    if inspect.isasyncgenfunction(function):
+        raise ListenerError(f"{function.__qualname__} is an async generator: a listener returns, and yields nothing.")
+    if inspect.iscoroutinefunction(function) and "session" in injected:
+        raise ListenerError(
+            f"{function.__qualname__} is async and declares `session`, whose every statement would block its event "
+            "loop: declare `notification`, and `await notification.aacknowledge(async_session)` in a transaction of an "
+            "AsyncSession of yours, which commits effect and acknowledgement together; or write `def`."
+        )
 
 
 def _check_options(options: dict[str, Any]) -> None:

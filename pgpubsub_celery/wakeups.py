@@ -19,26 +19,15 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
-import psycopg2
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
-from pgpubsub_celery import prepared
+from pgpubsub_celery import drivers, prepared
 from pgpubsub_celery.errors import ConnectionLostError, NotInstalledError, ReadOnlyDatabaseError
 from pgpubsub_celery.schema import Names, quote_identifier
 
 logger = logging.getLogger(__name__)
-
-# A dead peer is noticed after about half a minute; unacknowledged data is given up after the same time.
-CONNECT_ARGUMENTS = {
-    "connect_timeout": 10,
-    "keepalives": 1,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 30_000,
-}
 
 
 def bridge_engine(url: URL) -> Engine:
@@ -47,7 +36,7 @@ def bridge_engine(url: URL) -> Engine:
         url,
         poolclass=NullPool,
         isolation_level="AUTOCOMMIT",
-        connect_args={**CONNECT_ARGUMENTS, "application_name": "pgpubsub-bridge"},
+        connect_args=drivers.connect_arguments(url, "pgpubsub-bridge"),
     )
 
 
@@ -79,7 +68,8 @@ class Link:
         except BaseException:
             self.claims.close()
             raise
-        self._pid: int = _driver(self._listens).info.backend_pid
+        self._bell = drivers.wire(self._listens)
+        self._line = drivers.wire(self.claims)
         self._kept: set[str] = set()
         self._closed: set[str] = set()
 
@@ -120,24 +110,28 @@ class Link:
         Raises:
             ConnectionLostError: a connection is gone. When it goes during the wait, its next use may be what raises.
         """
-        with _noticing_loss():
-            connections = _driver(self._listens), _driver(self.claims)
-            if connections[0].notifies:
+        with self._noticing_loss():
+            if self._bell.has_heard:
                 return
             # What ends a connection makes its socket readable. Asleep, nobody would notice it otherwise.
-            sockets = {connection.fileno(): connection for connection in connections}
+            sockets = {wire.fileno(): wire for wire in (self._bell, self._line)}
             for readable in wait([*sockets, stopping.fileno()], max(0.0, seconds)):
                 if readable in sockets:
                     sockets[readable].poll()
 
-    def rung(self) -> list[Any]:
-        """Return the notifies that have come from others, as psycopg2's Notify."""
-        with _noticing_loss():
-            connection = _driver(self._listens)
-            connection.poll()
-        notifies = [notify for notify in connection.notifies if notify.pid != self._pid]
-        connection.notifies.clear()
-        return notifies
+    def rung(self) -> list[drivers.Notify]:
+        """Return the notifies that have come from others."""
+        with self._noticing_loss():
+            self._bell.poll()
+        return [notify for notify in self._bell.take() if notify.pid != self._bell.pid]
+
+    @contextlib.contextmanager
+    def _noticing_loss(self) -> Iterator[None]:
+        """Translate what the driver raises outside of a statement, when a connection is gone."""
+        try:
+            yield
+        except self._bell.errors as exc:
+            raise ConnectionLostError(f"The listening connection is lost: {exc}") from exc
 
     def ring(self, listen_names: Sequence[str]) -> None:
         """Ring other bridges."""
@@ -217,20 +211,6 @@ def require_installed(connection: Connection, schema: str, version: int) -> Any:
             "run `pgpubsub-bridge -A your.app install`."
         )
     return row.id
-
-
-def _driver(connection: Connection) -> Any:
-    """Return psycopg2's connection."""
-    return connection.connection.driver_connection
-
-
-@contextlib.contextmanager
-def _noticing_loss() -> Iterator[None]:
-    """Translate what the driver raises outside of a statement, when the connection is gone."""
-    try:
-        yield
-    except (psycopg2.Error, OSError, ValueError) as exc:  # ValueError: waiting for a closed connection's -1
-        raise ConnectionLostError(f"The listening connection is lost: {exc}") from exc
 
 
 class Assembler:

@@ -1,7 +1,8 @@
 """What all tests stand on: one Postgres and one Valkey for the run, and for each test a database of its own on both.
 
 Owns the servers' and databases' lives. A server that cannot be started fails the tests that need it; nothing here
-skips. PGPUBSUB_TEST_POSTGRES_BIN=/usr/lib/postgresql/15/bin runs the whole suite on another Postgres.
+skips. PGPUBSUB_TEST_POSTGRES_BIN=/usr/lib/postgresql/15/bin runs the whole suite on another Postgres,
+PGPUBSUB_TEST_DRIVER=psycopg with another driver.
 """
 
 from __future__ import annotations
@@ -22,11 +23,18 @@ from pgpubsub_celery.embedded import EmbeddedPostgres, EmbeddedValkey
 from pgpubsub_celery.settings import sync_url
 
 POSTGRES_BIN = "PGPUBSUB_TEST_POSTGRES_BIN"
+DRIVER = "PGPUBSUB_TEST_DRIVER"
 TEMPLATE = "pgpubsub_template"
 BROKER_DATABASES = 4096
 """More than there are tests with a broker: what one test's late process still writes is not the next one's."""
 
 _numbers = itertools.count()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let psycopg 3 say nothing of what psycopg2 never mentions: pools that a test leaves to the garbage collector."""
+    if os.environ.get(DRIVER) == "psycopg":
+        config.addinivalue_line("filterwarnings", "ignore:.* was deleted while still open:ResourceWarning")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -81,7 +89,7 @@ def template(postgres: EmbeddedPostgres) -> str:
     from pgpubsub_celery.migrations import install
 
     # Without the channels of test modules: their tables are not there.
-    with _registries(empty=True), _engine(postgres.create_database(TEMPLATE)) as engine:
+    with _registries(empty=True), _engine(of_driver(postgres.create_database(TEMPLATE))) as engine:
         install(engine)
     return TEMPLATE
 
@@ -141,11 +149,22 @@ def _registries(*, empty: bool = False) -> Iterator[None]:
             known.update(content)
 
 
+def of_driver(url: str) -> str:
+    """Return a URL for the driver that the tests are run with."""
+    driver = os.environ.get(DRIVER)
+    return url if driver is None else url.replace("postgresql://", f"postgresql+{driver}://", 1)
+
+
+def libpq_url(url: str) -> str:
+    """Return a URL as libpq, and so a driver's own `connect`, understands it."""
+    return sync_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+
+
 @contextlib.contextmanager
 def _database(postgres: EmbeddedPostgres, template: str | None = None) -> Iterator[str]:
     name = f"test_{next(_numbers)}"
     try:
-        yield postgres.create_database(name, template=template)
+        yield of_driver(postgres.create_database(name, template=template))
     finally:
         postgres.drop_database(name)
 

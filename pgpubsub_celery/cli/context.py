@@ -25,10 +25,10 @@ from sqlalchemy.pool import NullPool
 
 from pgpubsub_celery.apps import load_app
 from pgpubsub_celery.cli.exit_codes import EXIT_FAILED, EXIT_UNAVAILABLE, EXIT_USAGE
+from pgpubsub_celery.drivers import connect_arguments, sqlstate
 from pgpubsub_celery.errors import AppError, PgPubSubError, UnknownChannelError
 from pgpubsub_celery.runs import one_line
 from pgpubsub_celery.settings import Settings
-from pgpubsub_celery.wakeups import CONNECT_ARGUMENTS
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -114,7 +114,7 @@ def _in_one_line() -> Iterator[None]:
 
 
 def _of_database(exc: DBAPIError) -> OneLine:
-    state = getattr(exc.orig, "pgcode", None)
+    state = sqlstate(exc)
     if exc.connection_invalidated or state is None:
         return OneLine(f"The database cannot be reached: {one_line(exc)}", EXIT_UNAVAILABLE)
     fix = ""
@@ -163,10 +163,11 @@ def database_option(command: C) -> C:
 
 def open_engine(settings: Settings) -> Engine:
     """Return an engine for a command: no pool, dead servers noticed."""
+    url = settings.require_database_url()
     return create_engine(
-        settings.require_database_url(),
+        url,
         poolclass=NullPool,
-        connect_args={**CONNECT_ARGUMENTS, "application_name": "pgpubsub-command"},
+        connect_args=connect_arguments(url, "pgpubsub-command"),
     )
 
 

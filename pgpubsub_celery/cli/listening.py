@@ -18,6 +18,7 @@ from pgpubsub_celery import bridge, supervisor
 from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.channels import Channel, check_databases, select_channels
 from pgpubsub_celery.cli.context import State, app_option, connected, database_option
+from pgpubsub_celery.drivers import sqlstate
 from pgpubsub_celery.emit import EnqueuedTask
 from pgpubsub_celery.errors import SettingsError, UnknownChannelError
 from pgpubsub_celery.logs import configure_logging, level_number, make_formatter
@@ -231,5 +232,5 @@ def _check_database(settings: Settings) -> None:
         with connected(settings, autocommit=True) as connection:
             require_installed(connection, settings.schema, VERSION)
     except DBAPIError as exc:
-        if getattr(exc.orig, "pgcode", None) is not None:
+        if sqlstate(exc) is not None:
             raise

@@ -19,6 +19,7 @@ SHOP_CHANNELS = [
     shop_app.SpecialOrder,
     shop_app.Call,
     shop_app.Entry,
+    shop_app.Errand,
     shop_app.Ping,
     shop_app.AuthorChanges,
 ]

@@ -65,6 +65,36 @@ def test_committed_changes_become_finished_tasks(shop: Shop, database: Engine) -
     )
 
 
+def test_bridge_and_worker_run_on_psycopg_3(shop: Shop, database: Engine) -> None:
+    """The URL chooses it, for both and for their children."""
+    shop.database_url = shop.database_url.replace("postgresql://", "postgresql+psycopg://")
+    shop.worker()
+    shop.bridge()
+    emit(database, app.Order(number=1), app.Call(number=2), app.Ping(number=3))
+    all_done(database, {("order", 1): 1, ("call-begun", 2): 1, ("call", 2): 1, ("ping", 3): 1})
+
+
+def test_coroutines_run_in_a_worker_are_limited_there_and_finish_before_it_ends(shop: Shop, database: Engine) -> None:
+    """A soft time limit cancels what one waits for; a warm shutdown waits for it."""
+    worker = shop.worker()
+    shop.bridge()
+    emit(database, app.Errand(number=1, seconds=60))
+    eventually(lambda: states(database) == {"failed": 1}, "the limit")
+    with database.connect() as connection:
+        error = connection.execute(text("SELECT error FROM pgpubsub_notification")).scalar()
+    assert str(error).startswith("SoftTimeLimitExceeded")
+    emit(database, app.Errand(number=2, seconds=1))
+    eventually(lambda: effects(database)["errand-begun", 2] == 1, "it begins")
+    worker.stop()
+    assert effects(database) == {
+        ("errand-begun", 1): 1,
+        ("errand-cancelled", 1): 1,
+        ("errand-begun", 2): 1,
+        ("errand", 2): 1,
+    }
+    assert states(database) == {"failed": 1}
+
+
 def test_a_rolled_back_transaction_leaves_nothing(shop: Shop, database: Engine) -> None:
     """Neither rows, nor tasks."""
     shop.worker()

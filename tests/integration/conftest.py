@@ -9,6 +9,7 @@ from sqlalchemy import Engine, create_engine
 
 from pgpubsub_celery.embedded import EmbeddedPostgres
 from pgpubsub_celery.settings import sync_url
+from tests.conftest import of_driver
 from tests.fixtures.notifications import Notifications, inconsistencies
 
 
@@ -24,7 +25,7 @@ def notifications(installed_engine: Engine) -> Iterator[Notifications]:
 def shared_engine(postgres: EmbeddedPostgres, template: str, request: pytest.FixtureRequest) -> Iterator[Engine]:
     """A database with our tables, for a module's tests that commit nothing: quicker than one for each."""
     name = request.module.__name__.rpartition(".")[2]
-    engine = create_engine(sync_url(postgres.create_database(name, template=template)))
+    engine = create_engine(sync_url(of_driver(postgres.create_database(name, template=template))))
     yield engine
     engine.dispose()
     postgres.drop_database(name)

@@ -29,7 +29,7 @@ from pgpubsub_celery.payload import decode_message
 from pgpubsub_celery.schema import quote_identifier
 from pgpubsub_celery.settings import sync_url
 from pgpubsub_celery.wakeups import Assembler
-from tests.conftest import POSTGRES_BIN
+from tests.conftest import POSTGRES_BIN, libpq_url
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -105,7 +105,7 @@ class Ear:
     """A connection that listens."""
 
     def __init__(self, url: str, *names: str) -> None:
-        self.connection = psycopg2.connect(url)
+        self.connection = psycopg2.connect(libpq_url(url))
         self.connection.autocommit = True
         with self.connection.cursor() as cursor:
             for name in names:
@@ -1106,7 +1106,11 @@ def test_psql_is_warned_of_an_unknown_channel_whose_message_is_kept(
     installed_engine: Engine, installed_url: str
 ) -> None:
     """It may be a typing error, or a release that is yet to come."""
-    with contextlib.closing(psycopg2.connect(installed_url)) as connection, connection, connection.cursor() as cursor:
+    with (
+        contextlib.closing(psycopg2.connect(libpq_url(installed_url))) as connection,
+        connection,
+        connection.cursor() as cursor,
+    ):
         cursor.execute("SELECT pgpubsub_notify('test_emit.Redas', '{}')")
         assert any("no channel named test_emit.Redas is installed" in notice for notice in connection.notices)
     assert len(stored(installed_engine)) == 1

@@ -114,6 +114,18 @@ def welcome(new: Author) -> str:
     return new.secret
 
 
+@channel_task(PostReads)
+async def fetch(model_id: int, notification: NotificationInfo) -> int:
+    """Take some of the fields, and wait."""
+    await notification.aacknowledge(AsyncSession())
+    return model_id
+
+
+async def call(notification: NotificationInfo) -> None:
+    """Call a coroutine's listener."""
+    assert_type(await fetch(1, notification=notification), int)
+
+
 def emit(session: Session, connection: Connection) -> None:
     """Emit in a transaction."""
     message = PostReads(model_id=1)

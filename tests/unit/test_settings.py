@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from typing import Any
 
 import pytest
 from celery import Celery
 from sqlalchemy.engine import make_url
 
+from pgpubsub_celery import drivers
 from pgpubsub_celery.errors import PgPubSubError, SettingsError
 from pgpubsub_celery.settings import OF_DATABASE, Settings, sync_url
 
@@ -244,10 +246,8 @@ def test_refusals_are_errors_of_this_package_and_value_errors() -> None:
         "postgres",
         "postgresql",
         "postgresql+psycopg2",
-        "postgresql+psycopg",
         "postgresql+asyncpg",
         "postgresql+pg8000",
-        "postgresql+psycopg_async",
     ],
 )
 def test_a_url_may_name_any_driver(scheme: str) -> None:
@@ -256,6 +256,18 @@ def test_a_url_may_name_any_driver(scheme: str) -> None:
     assert url.drivername == "postgresql+psycopg2"
     assert (url.username, url.password, url.host, url.port, url.database) == ("bl@g", "s/e", "db", 5433, "my-blog")
     assert dict(url.query) == {"application_name": "x"}
+
+
+@pytest.mark.parametrize("scheme", ["postgresql+psycopg", "postgresql+psycopg_async"])
+def test_a_url_of_psycopg_3_is_for_that_where_it_is_installed(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere psycopg2, which is always there, reaches the same database."""
+    assert sync_url(f"{scheme}://db/blog").drivername == "postgresql+psycopg"
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    drivers._has_psycopg.cache_clear()
+    try:
+        assert sync_url(f"{scheme}://db/blog").drivername == "postgresql+psycopg2"
+    finally:
+        drivers._has_psycopg.cache_clear()
 
 
 @pytest.mark.parametrize(
