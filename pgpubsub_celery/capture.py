@@ -63,6 +63,9 @@ class Capture:
     """Whether each listener that this release has for the operation has one."""
     kind: tuple[str, tuple[str, ...]] | None = None
     """A column, and its values (as SQL) in the rows that are the channel's; None: all are."""
+    ordering_key: tuple[str, ...] = ()
+    """Columns whose values are the notification's key. Of an update, as they are afterwards."""
+    unique_key: tuple[str, ...] = ()
 
     # Built once for each text
 
@@ -78,6 +81,13 @@ class Capture:
     def _keys(self) -> tuple[str, ...]:
         # jsonb sorts its keys by length and then bytes: given in that order they cost nothing to sort.
         return tuple(sorted(self.columns, key=lambda name: (len(name.encode()), name.encode())))
+
+    @property
+    def _named_keys(self) -> list[tuple[str, tuple[str, ...]]]:
+        """The notification's columns for keys that are filled, with the table's columns that they are made of."""
+        both = (("ordering_key", self.ordering_key), ("unique_key", self.unique_key))
+        # Of a TRUNCATE there is no row to have a value.
+        return [(name, columns) for name, columns in both if columns and self._sides]
 
     @functools.cached_property
     def _watched(self) -> tuple[str, ...]:
@@ -123,6 +133,8 @@ class Capture:
             operation=quote_literal(self.operation),
             changes=self._changes(sources),
             where=where,
+            keys="".join(f", {name}" for name, _ in self._named_keys),
+            made="".join(f", c.{name}" for name, _ in self._named_keys),
         )
 
     def _send(self, sources: Mapping[str, str]) -> str:
@@ -180,17 +192,22 @@ class Capture:
     def _changes(self, sources: Mapping[str, str]) -> str:
         if not self._sides:
             return "        SELECT 1 AS ordinal, '{}'::jsonb AS payload"
-        named = list(dict.fromkeys([*self.columns, *self._watched, *(self.kind or ())[:1]]))
+        named = list(dict.fromkeys([*self.columns, *self._watched, *(self.kind or ())[:1], *self._parts]))
         rows = ("o", "n") if len(self._sides) == 2 else ("r",)
         parts = {
             "missing": ", ".join(f"NULL::text AS {quote_identifier(str(name))}" for name in named),
             "where": " OR ".join(f"{row}.kind" for row in rows) if self.kind is not None else "true",
-            **{side: self._side(sources[side]) for side in self._sides},
+            **{side: self._side(side, sources[side]) for side in self._sides},
         }
+        keys = "".join(f", {rows[-1]}.{name}" for name, _ in self._named_keys)
         if len(self._sides) == 2:
-            return _PAIRED.format(differing=self._differing, **parts)
+            return _PAIRED.format(differing=self._differing, keys=keys, **parts)
         (side,) = self._sides
-        return _SINGLE.format(side=side, rows=parts[side], missing=parts["missing"], where=parts["where"])
+        return _SINGLE.format(side=side, rows=parts[side], missing=parts["missing"], where=parts["where"], keys=keys)
+
+    @property
+    def _parts(self) -> list[str]:
+        return [column for _, columns in self._named_keys for column in columns]
 
     @property
     def _differing(self) -> str:
@@ -204,7 +221,7 @@ class Capture:
             if predicate.watched
         )
 
-    def _side(self, source: str) -> str:
+    def _side(self, side: str, source: str) -> str:
         limit = ROW_LIMIT if self.stored else UNSTORED_ROW_LIMIT
         extra, taken = "", ""
         if self._watched:
@@ -215,6 +232,10 @@ class Capture:
             texts = ", ".join(f"concat({value})" for value in values)
             extra += f', concat({quote_identifier(column)}) COLLATE "C" = ANY (ARRAY[{texts}]::text[]) AS kind'
             taken += ", v.kind"
+        if side == self._sides[-1]:
+            for name, columns in self._named_keys:
+                extra += f",\n                        {self._sql.prefix}pgpubsub_key({_texts(columns)}) AS {name}"
+                taken += f", v.{name}"
         # Where nobody asks for it, one plan node less for each statement.
         numbered = len(self._sides) == 2 or bool(self._conditions)
         return _SIDE.format(
@@ -345,8 +366,8 @@ _STORE = """    WITH subscribed AS MATERIALIZED (
         SELECT s.id, s.channel, s.listener, s.aliases FROM {subscription} s
         WHERE {is_subscribed}
     )
-    INSERT INTO {notification} (channel, subscription, operation, payload, context, db_version)
-    SELECT coalesce(s.channel, emitted.names[1]), s.id, {operation}, c.payload, emitted.context, emitted.version
+    INSERT INTO {notification} (channel, subscription, operation, payload, context, db_version{keys})
+    SELECT coalesce(s.channel, emitted.names[1]), s.id, {operation}, c.payload, emitted.context, emitted.version{made}
     FROM (
 {changes}
     ) c LEFT JOIN subscribed s ON true{where};
@@ -365,7 +386,7 @@ _SEND = """    PERFORM {s}pgpubsub_send(d.listen_name, jsonb_build_object(
 
 # The changes, in their order. Columns are not qualified: one that the table no longer has is found in `missing`.
 _SINGLE = """        SELECT rows.* FROM (SELECT {missing}) missing CROSS JOIN LATERAL (
-            SELECT r.ordinal, jsonb_build_object('{side}', r.columns) AS payload
+            SELECT r.ordinal, jsonb_build_object('{side}', r.columns) AS payload{keys}
             FROM (
 {rows}
             ) r WHERE {where}
@@ -375,7 +396,7 @@ _SINGLE = """        SELECT rows.* FROM (SELECT {missing}) missing CROSS JOIN LA
 # because that is never done by a nested loop, which a plan made for one row would do to ten thousand. ORDER, because a
 # hash join that goes to disk loses it.
 _PAIRED = """        SELECT rows.* FROM (SELECT {missing}) missing CROSS JOIN LATERAL (
-            SELECT n.ordinal, jsonb_build_object('old', o.columns, 'new', n.columns) AS payload{differing}
+            SELECT n.ordinal, jsonb_build_object('old', o.columns, 'new', n.columns) AS payload{differing}{keys}
             FROM (
 {old}
             ) o FULL JOIN (
