@@ -13,7 +13,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 
-from pgpubsub_celery.schema import Names, quote_identifier, quote_literal
+from pgpubsub_celery.schema import NO_KEY, Names, quote_identifier, quote_literal
 
 ROW_LIMIT = 100_000_000
 """Bytes of a row's text up to which all of it is stored; jsonb ends at 256 MB, and old and new must both fit."""
@@ -86,8 +86,7 @@ class Capture:
     def _named_keys(self) -> list[tuple[str, tuple[str, ...]]]:
         """The notification's columns for keys that are filled, with the table's columns that they are made of."""
         both = (("ordering_key", self.ordering_key), ("unique_key", self.unique_key))
-        # Of a TRUNCATE there is no row to have a value.
-        return [(name, columns) for name, columns in both if columns and self._sides]
+        return [(name, columns) for name, columns in both if columns]
 
     @functools.cached_property
     def _watched(self) -> tuple[str, ...]:
@@ -191,7 +190,8 @@ class Capture:
 
     def _changes(self, sources: Mapping[str, str]) -> str:
         if not self._sides:
-            return "        SELECT 1 AS ordinal, '{}'::jsonb AS payload"
+            keys = "".join(f", {_key('NULL::text', name)} AS {name}" for name, _ in self._named_keys)
+            return f"        SELECT 1 AS ordinal, '{{}}'::jsonb AS payload{keys}"
         named = list(dict.fromkeys([*self.columns, *self._watched, *(self.kind or ())[:1], *self._parts]))
         rows = ("o", "n") if len(self._sides) == 2 else ("r",)
         parts = {
@@ -234,7 +234,8 @@ class Capture:
             taken += ", v.kind"
         if side == self._sides[-1]:
             for name, columns in self._named_keys:
-                extra += f",\n                        {self._sql.prefix}pgpubsub_key({_texts(columns)}) AS {name}"
+                made = _key(f"{self._sql.prefix}pgpubsub_key({_texts(columns)})", name)
+                extra += f",\n                        {made} AS {name}"
                 taken += f", v.{name}"
         # Where nobody asks for it, one plan node less for each statement.
         numbered = len(self._sides) == 2 or bool(self._conditions)
@@ -329,6 +330,11 @@ def _texts(names: Iterable[str], *, collate: bool = False) -> str:
     collation = ' COLLATE "C"' if collate else ""
     values = (_TEXT.format(name=name, collation=collation) for name in map(quote_identifier, names))
     return f"ARRAY[{', '.join(values)}]::text[]"
+
+
+def _key(made: str, name: str) -> str:
+    """A key as it is stored. What has none to be ordered by has one of its own, and waits for nobody."""
+    return f"coalesce({made}, {NO_KEY})" if name == "ordering_key" else made
 
 
 _TEXT = "CASE WHEN {name} IS DISTINCT FROM NULL THEN concat({name}){collation} END"

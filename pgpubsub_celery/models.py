@@ -161,7 +161,8 @@ class Notification(_Base):
     task_id: Mapped[str | None] = mapped_column(Text)
     # Compared byte by byte: no collation of the operating system has a say in what is equal, or in the index's order.
     ordering_key: Mapped[str | None] = mapped_column(Text(collation="C"))
-    """The value of the channel's `ordering_key`; several values as a JSON array."""
+    """The value of the channel's `ordering_key`; several values as a JSON array; where they are null, `none:…`, which
+    no other has."""
     unique_key: Mapped[str | None] = mapped_column(Text(collation="C"))
     """The value of the channel's `unique_key`, likewise."""
 

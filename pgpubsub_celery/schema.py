@@ -24,6 +24,12 @@ EMIT_FUNCTIONS = (
 """What a role needs EXECUTE on in order to emit (`install --grant-emit ROLE`)."""
 
 
+NO_KEY = "concat('none:', gen_random_uuid())"
+"""SQL for the ordering key of a notification whose fields or columns for it are null: equal to no other.
+
+Not NULL: then a claim could find it only by looking through all that is due."""
+
+
 def quote_identifier(name: str) -> str:
     """Return `name` as a quoted SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
@@ -99,7 +105,7 @@ def digest_of(create: str) -> str:
 def functions(schema: str, installation: uuid.UUID) -> list[Function]:
     """Return the functions in the order to create them."""
     s = quote_identifier(schema) + "."
-    values = {"s": s, "version_table": quote_literal(s + "alembic_version")}
+    values = {"s": s, "none": NO_KEY, "version_table": quote_literal(s + "alembic_version")}
 
     def function(signature: str, template: str, public: bool) -> Function:
         anonymous = template.format(installation=uuid.UUID(int=0), **values)
@@ -346,7 +352,8 @@ BEGIN
         channel, subscription, operation, payload, context, db_version, available_at, ordering_key, unique_key
     )
         SELECT s.channel, s.id, 'message', p.value, context, version, coalesce(due, now()),
-            CASE WHEN known.ordering_key IS NOT NULL THEN {s}pgpubsub_key(p.value, known.ordering_key) END,
+            CASE WHEN known.ordering_key IS NOT NULL
+                THEN coalesce({s}pgpubsub_key(p.value, known.ordering_key), {none}) END,
             CASE WHEN known.unique_key IS NOT NULL THEN {s}pgpubsub_key(p.value, known.unique_key) END
         FROM jsonb_array_elements(payloads) WITH ORDINALITY AS p (value, position), {s}pgpubsub_subscription s
         WHERE (s.channel = emitted OR emitted = ANY (s.channel_aliases)) AND 'message' = ANY (s.operations)
@@ -357,7 +364,8 @@ BEGIN
             channel, operation, payload, context, db_version, available_at, ordering_key, unique_key
         )
             SELECT coalesce(known.name, emitted), 'message', p.value, context, version, coalesce(due, now()),
-                CASE WHEN known.ordering_key IS NOT NULL THEN {s}pgpubsub_key(p.value, known.ordering_key) END,
+                CASE WHEN known.ordering_key IS NOT NULL
+                THEN coalesce({s}pgpubsub_key(p.value, known.ordering_key), {none}) END,
                 CASE WHEN known.unique_key IS NOT NULL THEN {s}pgpubsub_key(p.value, known.unique_key) END
             FROM jsonb_array_elements(payloads) WITH ORDINALITY AS p (value, position) ORDER BY p.position;
         GET DIAGNOSTICS stored_rows = ROW_COUNT;

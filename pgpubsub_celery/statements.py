@@ -13,7 +13,7 @@ from sqlalchemy import text
 # In the order of store.Taken's fields.
 TAKEN = (
     "n.id, n.channel, n.subscription, n.operation, n.payload, n.context, n.created_at, n.db_version, n.dispatches, "
-    "n.starts, n.retries"
+    "n.starts, n.retries, n.ordering_key"
 )
 
 # `= ANY (ARRAY(…))` rather than IN: the latter turns to a sequential scan at larger batches.

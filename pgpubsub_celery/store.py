@@ -86,6 +86,8 @@ class Claimed:
     db_version: str | None = None
     was_lost: bool = False
     """It had been published before, and its lease ran out."""
+    ordering_key: str | None = None
+    """Of a subscription that is ordered by it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,7 @@ class Taken(NamedTuple):
     dispatches: int
     starts: int
     retries: int
+    ordering_key: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,12 +221,12 @@ class Store:
         ).all()
         claimed = [row for row in result if row.id is not None]
         # UPDATE … RETURNING has no order; ids follow the order in which the rows were stored.
-        rows = sorted((_claimed(row) for row in claimed if row.state != "failed"), key=lambda row: row.id)
+        rows = sorted((claimed_row(row) for row in claimed if row.state != "failed"), key=lambda row: row.id)
         stands = {row.subscription: row for row in result if row.id is None}
         return Claim(
             rows=rows,
             failed=len(claimed) - len(rows),
-            given_up=[_claimed(row) for row in claimed if row.state == "failed"],
+            given_up=[claimed_row(row) for row in claimed if row.state == "failed"],
             lost=sum(row.was_lost for row in rows),
             in_flight={subscription: stand.in_flight for subscription, stand in stands.items()},
             bounds=_bounds(quotas, claimed, stands, full=len(claimed) >= batch_size),
@@ -612,7 +615,8 @@ def shorten(value: str, limit: int) -> str:
     return f"{value[:head]}\n... {len(value) - limit} characters left out ...\n{value[-(limit - head) :]}"
 
 
-def _claimed(row: Any) -> Claimed:
+def claimed_row(row: Any, ordering_key: str | None = None) -> Claimed:
+    """Return a row that a claim's statement has returned."""
     return Claimed(
         id=row.id,
         subscription=row.subscription,
@@ -624,6 +628,7 @@ def _claimed(row: Any) -> Claimed:
         context=row.context,
         db_version=row.db_version,
         was_lost=row.was_lost,
+        ordering_key=ordering_key,
     )
 
 

@@ -336,7 +336,8 @@ BEGIN
         channel, subscription, operation, payload, context, db_version, available_at, ordering_key, unique_key
     )
         SELECT s.channel, s.id, 'message', p.value, context, version, coalesce(due, now()),
-            CASE WHEN known.ordering_key IS NOT NULL THEN "@schema@".pgpubsub_key(p.value, known.ordering_key) END,
+            CASE WHEN known.ordering_key IS NOT NULL
+                THEN coalesce("@schema@".pgpubsub_key(p.value, known.ordering_key), concat('none:', gen_random_uuid())) END,
             CASE WHEN known.unique_key IS NOT NULL THEN "@schema@".pgpubsub_key(p.value, known.unique_key) END
         FROM jsonb_array_elements(payloads) WITH ORDINALITY AS p (value, position), "@schema@".pgpubsub_subscription s
         WHERE (s.channel = emitted OR emitted = ANY (s.channel_aliases)) AND 'message' = ANY (s.operations)
@@ -347,7 +348,8 @@ BEGIN
             channel, operation, payload, context, db_version, available_at, ordering_key, unique_key
         )
             SELECT coalesce(known.name, emitted), 'message', p.value, context, version, coalesce(due, now()),
-                CASE WHEN known.ordering_key IS NOT NULL THEN "@schema@".pgpubsub_key(p.value, known.ordering_key) END,
+                CASE WHEN known.ordering_key IS NOT NULL
+                THEN coalesce("@schema@".pgpubsub_key(p.value, known.ordering_key), concat('none:', gen_random_uuid())) END,
                 CASE WHEN known.unique_key IS NOT NULL THEN "@schema@".pgpubsub_key(p.value, known.unique_key) END
             FROM jsonb_array_elements(payloads) WITH ORDINALITY AS p (value, position) ORDER BY p.position;
         GET DIAGNOSTICS stored_rows = ROW_COUNT;
@@ -365,7 +367,7 @@ REVOKE ALL ON FUNCTION "@schema@".pgpubsub_emit(text, jsonb, timestamptz, jsonb,
 
 --;
 
-COMMENT ON FUNCTION "@schema@".pgpubsub_emit(text, jsonb, timestamptz, jsonb, boolean, text) IS 'pgpubsub:d10503d456638dd5';
+COMMENT ON FUNCTION "@schema@".pgpubsub_emit(text, jsonb, timestamptz, jsonb, boolean, text) IS 'pgpubsub:1d1e5561de48e1b8';
 
 --;
 
