@@ -169,7 +169,7 @@ class Bridge:
         listeners = self._subscribe(link)
         if not self._began:
             self._look_at_triggers(link)
-        self._claims.know(listeners, self._conditions(link, listeners))
+        self._claims.serve(self._conditions(link, listeners))
         dispatcher = Dispatcher(self._app, self._claims.store, self._broker, installation, self._settings)
         dispatcher.know(listeners)
         self._start(link, listeners)
@@ -185,9 +185,11 @@ class Bridge:
         return subscriptions.register(link.claims, self._settings.schema, mine)
 
     def _look_at_triggers(self, link: Link) -> None:
-        """Say which triggers that the listeners need are missing or out of date: what they miss is stored nowhere."""
+        """Say which triggers and keys are missing or out of date: what they miss is stored nowhere, or in no order."""
         try:
-            found = drift.trigger_differences(link.claims, link.names, [*self._stored, *self._unstored])
+            channels = [*self._stored, *self._unstored]
+            found = drift.trigger_differences(link.claims, link.names, channels)
+            found += drift.key_differences(link.claims, link.names, channels)
         except ProgrammingError as exc:  # a role that may not look at the tables' schema
             logger.debug("triggers are not looked at: %s", one_line(exc))
             return
@@ -245,7 +247,7 @@ class Bridge:
 
     def claim_and_dispatch(self, link: Link, dispatcher: Dispatcher, listeners: Mapping[int, Listener]) -> _Looked:
         """Claim what is due and publish it; the claim is committed before anything is published."""
-        quotas = self._claims.quotas(dispatcher)
+        quotas = self._claims.quotas(listeners, dispatcher)
         # A broker that answers may still take nothing (its memory or disk is full): try it with one.
         batch_size = 1 if self._broker_trouble.since else self._settings.batch_size
         claim = self._claims.claim(link.claims, quotas, batch_size)
@@ -340,9 +342,9 @@ class Bridge:
             pruned = self._claims.store.prune_failed(link.claims, list(listeners), self._settings.failed_retention)
             announcements.discarded(None, (), pruned)
 
-    def next_due(self, link: Link) -> float | None:
+    def next_due(self, link: Link, listeners: Mapping[int, Listener]) -> float | None:
         """Return the seconds until something is due, or None."""
-        return self._claims.next_due(link.claims)
+        return self._claims.next_due(link.claims, listeners)
 
     def something_happened(self) -> None:
         """Note that what was looked at may have changed."""
@@ -465,7 +467,7 @@ class _Watch:
             self._bridge.something_happened()
             return 0.0 if closed else self._doubling(BUSY_MOMENT)
         waits = [self._sweep_at - time.monotonic()]
-        due = None if looked.limited else self._bridge.next_due(self._link)
+        due = None if looked.limited else self._bridge.next_due(self._link, self._listeners)
         if looked.limited or (due is not None and due <= 0):
             # More is due than can be had: in flight up to the quota, or locked by a run that outlives its lease.
             waits.append(max(MOMENT, min(self._doubling(FULL_MOMENT), looked.soon)))

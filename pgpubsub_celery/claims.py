@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from sqlalchemy import Connection
 
@@ -26,13 +26,12 @@ class Claims:
     """The claims of one bridge."""
 
     def __init__(self, settings: Settings) -> None:
-        """Describe them; what is claimed for whom is set by `know`."""
+        """Describe them."""
         self._settings = settings
         self.store = Store(settings.schema)
         """The statements, with the conditions of this bridge's listeners."""
         self._keyed = KeyedStore(settings.schema)
-        self._listeners: Mapping[int, Listener] = {}
-        self._keys: Mapping[int, Keys] = {}
+        self._keys: dict[int, Keys] = {}
         self.paces: dict[int, Pace] = {}
         """How quickly each subscription's notifications are finished."""
         self._bounds: Mapping[int, Bound] = {}
@@ -42,13 +41,11 @@ class Claims:
         """Something happened since the present walk through the keys began with the first: it may be behind it."""
         self._turn = 0
 
-    def know(self, listeners: Mapping[int, Listener], conditions: Mapping[int, str]) -> None:
-        """Set the listeners to claim for, and what their notifications must meet, by subscription."""
-        self._listeners = listeners
-        self._keys = {id: keys_of(listener.channel) for id, listener in listeners.items()}
+    def serve(self, conditions: Mapping[int, str]) -> None:
+        """Begin to claim on a new link, only what meets the `conditions`, by subscription."""
         self.store = Store(self._settings.schema, conditions)
         self._keyed = KeyedStore(self._settings.schema, conditions)
-        self._looked_at = {}
+        self._keys, self._looked_at = {}, {}
         self.begin_anew()
 
     def begin_anew(self) -> None:
@@ -59,9 +56,9 @@ class Claims:
         """Note that a key may have become free which the present walk through the keys has passed."""
         self._walk_again = True
 
-    def quotas(self, dispatcher: Dispatcher) -> list[Quota]:
+    def quotas(self, listeners: Mapping[int, Listener], dispatcher: Dispatcher) -> list[Quota]:
         """Return how much of each subscription may be claimed now."""
-        found = [self._quota(id, listener, dispatcher) for id, listener in self._listeners.items()]
+        found = [self._quota(id, listener, dispatcher) for id, listener in listeners.items()]
         # In turns, so that one listener's backlog does not fill every batch.
         self._turn = (self._turn + 1) % max(1, len(found))
         return found[self._turn :] + found[: self._turn]
@@ -75,7 +72,9 @@ class Claims:
         # Rows that go at publication are never in flight: only the broker limits them.
         limit = self._settings.batch_size if carries else pace.quota
         lease_max = max(lease, self._settings.lease_max)
-        keys = self._keys[id]
+        keys = self._keys.get(id)
+        if keys is None:
+            keys = self._keys[id] = keys_of(listener.channel)
         if not keys.ordering and not keys.unique:
             return Quota(
                 subscription=id,
@@ -134,12 +133,10 @@ class Claims:
             return dataclasses.replace(claim, unfinished=True)
         return claim
 
-    def next_due(self, connection: Connection) -> float | None:
+    def next_due(self, connection: Connection, subscriptions: Iterable[int]) -> float | None:
         """Return the seconds until something is due, or None."""
-        ordered = {
-            id: self._looked_at[id] for id, keys in self._keys.items() if keys.ordering and id in self._looked_at
-        }
-        dues = [self.store.next_due(connection, [id for id in self._listeners if id not in ordered])]
+        ordered = {id for id, keys in self._keys.items() if keys.ordering and id in self._looked_at}
+        dues = [self.store.next_due(connection, [id for id in subscriptions if id not in ordered])]
         if ordered:
-            dues.append(self._keyed.next_due(connection, ordered))
+            dues.append(self._keyed.next_due(connection, {id: self._looked_at[id] for id in sorted(ordered)}))
         return min((due for due in dues if due is not None), default=None)

@@ -230,6 +230,17 @@ DELETE FROM {n} n
 WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
 """
 
+# In one statement, and so in one transaction even in autocommit: a worker that dies between the two would leave the
+# next of the key to the sweep.
+ACKNOWLEDGE_RINGING = """
+WITH gone AS (
+    DELETE FROM {n} n
+    WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
+    RETURNING n.id
+)
+SELECT counted.number, {p}pgpubsub_ring(:channel) FROM (SELECT count(*) AS number FROM gone) counted
+"""
+
 IS_OWNED = """
 SELECT 1 FROM {n} n WHERE n.id = :id AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
 """
