@@ -253,9 +253,7 @@ def _check_keys(cls: type[Channel]) -> None:
         raise ChannelError(f'{what}: failed_key = {cls.failed_key!r}: expected "holds" or "passes".')
     if cls.ordering_key is None:
         if cls.failed_key != "holds":
-            raise ChannelError(
-                f'{what}: failed_key = "passes" says what is done of an ordering_key, and there is none.'
-            )
+            raise ChannelError(f'{what}: failed_key = "passes" is said of an ordering_key, and there is none.')
     elif cls.acknowledge == "published":
         raise ChannelError(
             f'{what}: acknowledge = "published" with ordering_key = {cls.ordering_key!r}: once its row is gone, nobody '
