@@ -6,9 +6,12 @@ besides. Pure text; what the caller's transaction must be is said in `keyed`.
 
 from __future__ import annotations
 
+# Like any claim's, the commit need not wait for the disk (statements.CLAIM says why).
 LOCK = """
 SELECT s AS subscription
-FROM unnest(CAST(:subscriptions AS int[])) AS s
+FROM unnest(CAST(:subscriptions AS int[])) AS s, (
+    SELECT pg_catalog.set_config('synchronous_commit', 'off', true) OFFSET 0
+) quickly
 WHERE pg_try_advisory_xact_lock({p}pgpubsub_lock_key('claim', CAST(s AS text)))
 """
 
@@ -58,7 +61,7 @@ WITH quota AS MATERIALIZED (
     SELECT c.id, c.available_at FROM {n} c
     WHERE c.id = ANY (ARRAY(
             SELECT f.id FROM flying f WHERE f.mine AND f.available_at <= now()
-            ORDER BY f.available_at, f.id LIMIT :batch_size
+            ORDER BY f.available_at, f.id LIMIT CAST(:batch_size AS int)
         ))
         AND c.state IN ('dispatched', 'running') AND c.available_at <= now()
     FOR UPDATE SKIP LOCKED
@@ -79,7 +82,7 @@ WITH quota AS MATERIALIZED (
 ), room AS MATERIALIZED (
     SELECT q.*, flown.in_flight, flown.earliest,
         CASE WHEN flown.known < 10 * q.most + 1000
-            THEN greatest(0, least(q.most - flown.in_flight, :batch_size)) ELSE 0 END AS allowed
+            THEN greatest(0, least(q.most - flown.in_flight, CAST(:batch_size AS int))) ELSE 0 END AS allowed
     FROM quota q CROSS JOIN LATERAL (
         SELECT count(*) AS known, count(*) FILTER (WHERE f.mine) AS in_flight, min(f.available_at) AS earliest
         FROM flying f WHERE f.subscription = q.subscription
@@ -92,7 +95,7 @@ WITH quota AS MATERIALIZED (
         WHERE c.subscription = r.subscription AND c.state = 'waiting'
             AND (c.available_at, c.id) > (r.from_at, r.from_id) AND c.available_at <= now(){filter}
         ORDER BY c.available_at, c.id
-        LIMIT CASE WHEN r.allowed = 0 THEN 0 WHEN r.ordered THEN :window ELSE r.allowed END
+        LIMIT CASE WHEN r.allowed = 0 THEN 0 WHEN r.ordered THEN CAST(:window AS int) ELSE r.allowed END
     ) w
 ), walked AS MATERIALIZED (
     SELECT r.subscription, k.key, k.place FROM room r CROSS JOIN LATERAL (
@@ -107,16 +110,16 @@ WITH quota AS MATERIALIZED (
                 SELECT c.ordering_key FROM {n} c
                 WHERE c.subscription = r.subscription AND c.ordering_key > w.key
                 ORDER BY c.ordering_key, c.id LIMIT 1
-            ) next WHERE w.place < :window
+            ) next WHERE w.place < CAST(:window AS int)
         ) SELECT key, place FROM walk
     ) k
-    WHERE r.ordered AND (SELECT count(*) FROM seen s WHERE s.subscription = r.subscription) >= :window
+    WHERE r.ordered AND (SELECT count(*) FROM seen s WHERE s.subscription = r.subscription) >= CAST(:window AS int)
 ), heads AS MATERIALIZED (
     SELECT k.subscription, k.key, k.place, h.id, h.dispatches, r.passes, least(r.run, r.allowed) AS most
     FROM (
         SELECT subscription, key, min(place) AS place FROM (
             SELECT subscription, ordering_key AS key, place FROM seen WHERE ordered AND ordering_key IS NOT NULL
-            UNION ALL SELECT subscription, key, :window + place FROM walked
+            UNION ALL SELECT subscription, key, CAST(:window AS int) + place FROM walked
         ) keys GROUP BY subscription, key
     ) k JOIN room r ON r.subscription = k.subscription CROSS JOIN LATERAL (
         SELECT c.id, c.state, c.available_at, c.dispatches, (true{filter}) AS mine FROM {n} c
@@ -149,7 +152,7 @@ WITH quota AS MATERIALIZED (
 ), candidate AS MATERIALIZED (
     SELECT p.*, r.is_unique FROM possible p JOIN room r ON r.subscription = p.subscription
     WHERE p.position <= r.allowed
-    ORDER BY r.turn, p.position LIMIT greatest(0, :batch_size - (SELECT count(*) FROM again))
+    ORDER BY r.turn, p.position LIMIT greatest(0, CAST(:batch_size AS int) - (SELECT count(*) FROM again))
 ), newest AS MATERIALIZED (
     SELECT u.subscription, u.unique_key, (
         SELECT c.id FROM {n} c
@@ -163,7 +166,7 @@ WITH quota AS MATERIALIZED (
     SELECT w.subscription, w.unique_key, o.id FROM newest w CROSS JOIN LATERAL (
         SELECT c.id FROM {n} c
         WHERE c.subscription = w.subscription AND c.unique_key = w.unique_key AND c.state = 'waiting' AND c.id < w.id
-        ORDER BY c.id LIMIT :most_older / (SELECT count(*) FROM newest) + 1
+        ORDER BY c.id LIMIT CAST(:most_older AS int) / (SELECT count(*) FROM newest) + 1
     ) o
 ), locked AS MATERIALIZED (
     SELECT c.id FROM {n} c
@@ -171,7 +174,7 @@ WITH quota AS MATERIALIZED (
     FOR UPDATE SKIP LOCKED
 ), gone AS MATERIALIZED (
     SELECT o.subscription, o.unique_key, count(*) = count(l.id)
-        AND count(*) < :most_older / (SELECT count(*) FROM newest) + 1 AS all_of_them
+        AND count(*) < CAST(:most_older AS int) / (SELECT count(*) FROM newest) + 1 AS all_of_them
     FROM older o LEFT JOIN locked l ON l.id = o.id GROUP BY o.subscription, o.unique_key
 ), judged AS MATERIALIZED (
     SELECT c.id, c.key, c.available_at, may.be_claimed,
@@ -198,13 +201,13 @@ WITH quota AS MATERIALIZED (
     RETURNING b.id, b.subscription + 0 AS subscription
 ), claimed AS (
     UPDATE {n} n SET
-        state = CASE WHEN n.starts >= :max_starts THEN 'failed' ELSE 'dispatched' END,
+        state = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN 'failed' ELSE 'dispatched' END,
         owner = NULL,
         dispatches = n.dispatches + 1,
-        available_at = CASE WHEN n.starts >= :max_starts THEN NULL
+        available_at = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN NULL
             ELSE now() + make_interval(secs => least(q.lease * power(2, least(n.dispatches, 30)), q.lease_max)) END,
-        failed_at = CASE WHEN n.starts >= :max_starts THEN now() END,
-        error = CASE WHEN n.starts >= :max_starts THEN
+        failed_at = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN now() END,
+        error = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN
             'started ' || n.starts || ' times and never finished: '
                 || 'its worker was lost each time (killed, out of memory, or power)'
         END
@@ -231,8 +234,8 @@ CROSS JOIN LATERAL (
 -- Up to where this claim has come: to the end of what it saw, or to the last for which there was room.
 CROSS JOIN LATERAL (
     SELECT (SELECT count(*) FROM possible p WHERE p.subscription = r.subscription) = count(c.id) AS is_all,
-        max(c.place) FILTER (WHERE c.place <= :window) AS seen_place,
-        max(c.key COLLATE "C") FILTER (WHERE c.place > :window) AS walked_key
+        max(c.place) FILTER (WHERE c.place <= CAST(:window AS int)) AS seen_place,
+        max(c.key COLLATE "C") FILTER (WHERE c.place > CAST(:window AS int)) AS walked_key
     FROM candidate c WHERE c.subscription = r.subscription
 ) last
 LEFT JOIN seen upto ON upto.subscription = r.subscription

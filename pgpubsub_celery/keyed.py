@@ -17,8 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
 
 from pgpubsub_celery import key_statements as sql
+from pgpubsub_celery.prepared import Prepared
 from pgpubsub_celery.schema import Names
 from pgpubsub_celery.statements import filter_condition
 from pgpubsub_celery.store import BOUND_SECONDS, Claim, Quota, claimed_row
@@ -106,9 +108,13 @@ class KeyedStore:
         names = Names(schema)
         mine = filter_condition(filters or {})
         self._lock = text(sql.LOCK.format(p=names.prefix))
-        self.statement = text(sql.CLAIM.format(n=names.notification, filter=mine))
-        """The claiming one, for whoever explains it."""
-        self._next_due = text(sql.NEXT_DUE.format(n=names.notification, filter=mine))
+        self._claim = Prepared("pgpubsub_keyed", text(sql.CLAIM.format(n=names.notification, filter=mine)))
+        self._next_due = Prepared("pgpubsub_keyed_due", text(sql.NEXT_DUE.format(n=names.notification, filter=mine)))
+
+    @property
+    def prepared(self) -> Prepared:
+        """The claiming statement, for whoever explains it."""
+        return self._claim
 
     def claim(
         self, connection: Connection, quotas: Sequence[KeyedQuota], *, batch_size: int, max_starts: int
@@ -120,13 +126,17 @@ class KeyedStore:
         _unique_idx for the newest; locks the claimed and the deleted rows, skips what others have locked, and never
         waits for a lock.
         """
-        with _transaction(connection):
-            # Locks end with the transaction, after its commit is visible: whoever has one sees all that was claimed.
-            wanted = [quota.subscription for quota in quotas]
-            granted = set(connection.execute(self._lock, {"subscriptions": wanted}).scalars())
-            mine = [quota for quota in quotas if quota.subscription in granted]
-            parameters = self.parameters(mine, batch_size=batch_size, max_starts=max_starts)
-            result = connection.execute(self.statement, parameters).all() if mine else []
+        wanted = [quota.subscription for quota in quotas]
+        parameters = self.parameters(quotas, batch_size=batch_size, max_starts=max_starts)
+        try:
+            granted, result = self._locked_claim(connection, wanted, parameters)
+        except DBAPIError as exc:
+            # A prepared statement of another session than is used now (behind a pooler, against all advice): it is
+            # not prepared any more, but the transaction has failed.
+            if getattr(exc.orig, "pgcode", None) != "25P02":
+                raise
+            granted, result = self._locked_claim(connection, wanted, parameters)
+        mine = [quota for quota in quotas if quota.subscription in granted]
         claimed = [row for row in result if row.id is not None]
         rows = [claimed_row(row, row.ordering_key) for row in claimed if row.state != "failed"]
         given_up = [claimed_row(row) for row in claimed if row.state == "failed"]
@@ -152,6 +162,23 @@ class KeyedStore:
             busy=len(mine) < len(quotas),
             seen_at={subscription: stand.now for subscription, stand in stands.items()},
         )
+
+    def _locked_claim(
+        self, connection: Connection, wanted: Sequence[int], parameters: Mapping[str, Any]
+    ) -> tuple[set[int], Sequence[Any]]:
+        """Return the subscriptions whose lock was to be had, and what the claiming statement returns for them."""
+        with _transaction(connection):
+            # Locks end with the transaction, after its commit is visible: whoever has one sees all that was claimed.
+            granted = set(connection.execute(self._lock, {"subscriptions": list(wanted)}).scalars())
+            if not granted:
+                return granted, []
+            if len(granted) < len(wanted):
+                kept = [position for position, id in enumerate(wanted) if id in granted]
+                parameters = {
+                    name: [value[position] for position in kept] if isinstance(value, list) else value
+                    for name, value in parameters.items()
+                }
+            return granted, self._claim.execute(connection, parameters).all()
 
     def parameters(self, quotas: Sequence[KeyedQuota], *, batch_size: int, max_starts: int) -> dict[str, Any]:
         """Return what the claiming statement is given."""
@@ -182,7 +209,7 @@ class KeyedStore:
         key: whoever finishes those rings. One index probe for each subscription and state.
         """
         parameters = {"subscriptions": list(looked_at), "looked_at": list(looked_at.values())}
-        seconds = connection.execute(self._next_due, parameters).scalar()
+        seconds = self._next_due.execute(connection, parameters).scalar()
         return None if seconds is None else max(0.0, float(seconds))
 
 

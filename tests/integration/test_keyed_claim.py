@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 from sqlalchemy import text
 
+from pgpubsub_celery import prepared
 from pgpubsub_celery.keyed import KeyedStore
 from tests.fixtures.notifications import TABLE, Notifications, until
 
@@ -142,6 +143,18 @@ def test_of_two_bridges_one_claims_and_the_other_looks_again(notifications: Noti
         other.execute(text("COMMIT"))
     claim = notifications.claim_keyed()
     assert ([row.id for row in claim.rows], claim.busy) == ([a1], False)
+
+
+def test_a_claim_that_is_prepared_in_another_session_is_sent_as_it_is(notifications: Notifications) -> None:
+    """Behind a pooler that the bridge was not told of; the transaction that it fails in is begun anew."""
+    a1, a2 = add(notifications, "aa")
+    with notifications.autocommit() as connection:
+        prepared.allow(connection)
+        assert notifications.keyed_ids(connection=connection) == [a1]
+        finish(notifications, [a1])
+        connection.execute(text("DEALLOCATE ALL"))
+        assert notifications.keyed_ids(connection=connection) == [a2]
+        connection.invalidate()
 
 
 # Expired leases

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, text
 
+from pgpubsub_celery import prepared
 from pgpubsub_celery.embedded import EmbeddedPostgres
 from pgpubsub_celery.keyed import KeyedQuota, KeyedStore
 from pgpubsub_celery.settings import sync_url
@@ -62,8 +63,13 @@ def planner(request: pytest.FixtureRequest, table: Notifications) -> None:
         table.execute(f"ANALYZE {TABLE}")
 
 
-def explain(table: Notifications, subscription: int, *, ordered: bool = True) -> tuple[int, int, list[dict[str, Any]]]:
-    """Explain a claim, and take it back; return what it claimed, the pages read to find that, and the nodes."""
+def explain(
+    table: Notifications, subscription: int, *, ordered: bool = True, pooled: bool = False
+) -> tuple[int, int, list[dict[str, Any]]]:
+    """Explain a claim, prepared as a bridge's are unless they go through a pooler, and take it back.
+
+    Return what it claimed, the pages read to find that, and the nodes that read the table.
+    """
     quota = KeyedQuota(
         subscription=subscription,
         limit=1000,
@@ -75,12 +81,20 @@ def explain(table: Notifications, subscription: int, *, ordered: bool = True) ->
     )
     store = KeyedStore("public")
     parameters = store.parameters([quota], batch_size=BATCH, max_starts=3)
+    claim = store.prepared
     with table.engine.connect() as connection:
-        explaining = text("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + store.statement.text)
-        (explained,) = connection.execute(explaining, parameters).scalar_one()
+        statement = claim.statement
+        if not pooled:
+            prepared.allow(connection)
+            preparing, statement = claim.texts(connection)
+            connection.exec_driver_sql(preparing)
+        explaining = text("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + statement.text)
+        with connection.begin_nested() as savepoint:
+            (explained,) = connection.execute(explaining, parameters).scalar_one()
+            savepoint.rollback()
+        claimed = [row for row in connection.execute(statement, parameters) if row.id is not None]
         connection.rollback()
-        claimed = [row for row in connection.execute(store.statement, parameters) if row.id is not None]
-        connection.rollback()
+        connection.invalidate()  # nobody else is to have what is prepared
     nodes = [
         node
         for node in walk(explained["Plan"])
@@ -99,6 +113,7 @@ def walk(plan: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield from walk(child)
 
 
+@pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize(
     ("subscription", "claimed", "pages"),
     [
@@ -112,10 +127,13 @@ def walk(plan: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     ids=["little", "hot key", "delayed keys", "unique"],
 )
 def test_a_keyed_claim_costs_what_it_claims(
-    planner: None, table: Notifications, subscription: int, claimed: int, pages: int
+    planner: None, table: Notifications, subscription: int, claimed: int, pages: int, pooled: bool
 ) -> None:
-    """By the indexes alone, whatever the planner believes; beside a backlog of a key, or of many that are not due."""
-    found, read, nodes = explain(table, subscription, ordered=subscription != UNIQUE)
+    """By the indexes alone, whatever the planner believes; beside a backlog of a key, or of many that are not due.
+
+    Prepared or not.
+    """
+    found, read, nodes = explain(table, subscription, ordered=subscription != UNIQUE, pooled=pooled)
     assert found == claimed
     assert {node["Node Type"] for node in nodes} <= {"Index Scan", "Index Only Scan", "Bitmap Heap Scan"}
     bitmaps = [child for node in nodes if "Bitmap" in node["Node Type"] for child in node["Plans"]]
