@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,9 +13,9 @@ from celery.exceptions import Reject
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from pgpubsub_celery import Channel, NotificationInfo, channel_task, install, notify_many
+from pgpubsub_celery import Channel, NotificationInfo, channel_task, install, notify, notify_many
 from pgpubsub_celery.messages import Message
-from pgpubsub_celery.upkeep import Selection, discard_batch
+from pgpubsub_celery.upkeep import Selection, discard_batch, retry_batch
 from tests.fixtures.deliveries import Deliveries
 
 
@@ -333,3 +334,109 @@ def test_discarding_what_held_a_key_rings(
     assert door.rung()
     work.deliver()
     assert (work.ran, work.left()) == ([1, 2], {})
+
+
+# Anything, in any order
+
+
+class Turmoil:
+    """Messages late, lost, doubled or in doubt, leases that run out, listeners that fail, operators that mend."""
+
+    def __init__(self, work: Work, chance: random.Random, *, passes: bool) -> None:
+        self.work = work
+        self.chance = chance
+        self.passes = passes
+        self.calm = False
+        """From now on everything succeeds."""
+        self.keys: list[str] = []
+        """Of what was emitted, in the order of the values, which count from 1."""
+        self.finished: set[int] = set()
+        self.running: list[int] = []
+        """What has succeeded in the message that is being delivered."""
+        self.messages: list[Message] = []
+        work.act = self.run  # type: ignore[method-assign]
+
+    def stored(self) -> dict[int, str]:
+        return self.work.left()
+
+    def run(self, task: Any, value: int) -> None:
+        """The listener: whatever is before it in its key must be done, or failed where that lets it pass."""
+        assert value not in self.finished
+        mine = [other for other in range(1, value) if self.keys[other - 1] == self.keys[value - 1]]
+        for earlier in mine:
+            if earlier not in self.finished and earlier not in self.running:
+                assert self.passes, (earlier, value)
+                assert self.before[earlier] == "failed", (earlier, value)
+        outcome = "done" if self.calm else self.chance.choice(["done"] * 6 + ["fail", "retry", "back"])
+        if outcome == "done":
+            self.running.append(value)
+        else:
+            {"fail": fail, "retry": retry, "back": give_back}[outcome](task)
+
+    def emit(self) -> None:
+        letters = [self.chance.choice("abc") for _ in range(self.chance.randint(1, 5))]
+        with Session(self.work.engine) as session, session.begin():
+            for letter in letters:
+                self.keys.append(letter)
+                notify(session, self.work.channel(key=letter, value=len(self.keys)))
+
+    def claim(self) -> None:
+        self.messages += self.work.deliveries.claim(lease=self.chance.choice([0.0, 100.0]))
+
+    def deliver(self) -> None:
+        if not self.messages:
+            return
+        again = self.chance.random() < 0.2
+        message = self.chance.choice(self.messages) if again else self.messages.pop(0)
+        self.before = self.stored()
+        self.running.clear()
+        self.work.deliveries.deliver(message)
+        assert not set(self.stored()) & set(self.running)
+        self.finished |= set(self.running)
+
+    def doubt(self) -> None:
+        if self.messages:
+            with self.work.deliveries.autocommit.connect() as connection:
+                claimed = self.chance.choice(self.messages).claimed
+                self.work.deliveries.store.release_unpublished(connection, claimed)
+
+    def lose(self) -> None:
+        if self.messages:
+            self.messages.pop(self.chance.randrange(len(self.messages)))
+
+    def wait(self) -> None:
+        self.work.deliveries.make_due()
+
+    def mend(self) -> None:
+        before = self.stored()
+        change = discard_batch if self.chance.random() < 0.2 else retry_batch
+        with self.work.engine.begin() as connection:
+            change(connection, "public", Selection(states=("failed",)), after=0, last=10**9)
+        self.finished |= set(before) - set(self.stored())
+
+    def settle(self) -> None:
+        """Mend everything, and go on until nothing is left."""
+        self.calm = True
+        for _ in range(500):
+            if not self.stored():
+                return
+            for step in (self.mend, self.wait, self.claim):
+                step()
+            while self.messages:
+                self.deliver()
+        raise AssertionError(f"something is left: {self.stored()}")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("failed_key", ["holds", "passes"])
+def test_whatever_happens_nothing_overtakes_in_its_key(
+    app: Celery, installed_engine: Engine, registry: None, kind: str, failed_key: str, seed: int
+) -> None:
+    """Whenever one runs, those before it are done or let it pass; and in the end all are done."""
+    work = Work(app, installed_engine, kind=kind, failed_key=failed_key, bundle=3)
+    turmoil = Turmoil(work, random.Random(f"{kind} {failed_key} {seed}"), passes=failed_key == "passes")
+    often = [turmoil.emit, turmoil.claim, turmoil.deliver, turmoil.deliver, turmoil.wait]
+    for _ in range(120):
+        turmoil.chance.choice([*often, *often, turmoil.doubt, turmoil.lose, turmoil.mend])()
+    turmoil.settle()
+    assert turmoil.finished == set(range(1, len(turmoil.keys) + 1))
