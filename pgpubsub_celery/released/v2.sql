@@ -219,7 +219,7 @@ COMMENT ON FUNCTION "@schema@".pgpubsub_ring(text) IS 'pgpubsub:ae3986700a5d5baf
 --;
 
 CREATE OR REPLACE FUNCTION "@schema@".pgpubsub_key(parts text[]) RETURNS text
-LANGUAGE plpgsql STABLE PARALLEL SAFE AS $function$
+LANGUAGE plpgsql STABLE PARALLEL SAFE COST 1 AS $function$
 DECLARE
     key text := CASE
         WHEN pg_catalog.cardinality(parts) OPERATOR(pg_catalog.=) 1 THEN parts[1]
@@ -238,12 +238,12 @@ $function$;
 
 --;
 
-COMMENT ON FUNCTION "@schema@".pgpubsub_key(text[]) IS 'pgpubsub:e9358dac723afdcf';
+COMMENT ON FUNCTION "@schema@".pgpubsub_key(text[]) IS 'pgpubsub:4ed755733bed6c38';
 
 --;
 
 CREATE OR REPLACE FUNCTION "@schema@".pgpubsub_key(payload jsonb, fields text[]) RETURNS text
-LANGUAGE plpgsql STABLE PARALLEL SAFE AS $function$
+LANGUAGE plpgsql STABLE PARALLEL SAFE COST 1 AS $function$
 BEGIN
     IF pg_catalog.cardinality(fields) OPERATOR(pg_catalog.=) 1 THEN
         RETURN "@schema@".pgpubsub_key(ARRAY[payload OPERATOR(pg_catalog.->>) fields[1]]);
@@ -257,7 +257,7 @@ $function$;
 
 --;
 
-COMMENT ON FUNCTION "@schema@".pgpubsub_key(jsonb, text[]) IS 'pgpubsub:479e4b003a256df4';
+COMMENT ON FUNCTION "@schema@".pgpubsub_key(jsonb, text[]) IS 'pgpubsub:2e4752628e4b92c8';
 
 --;
 
