@@ -284,6 +284,8 @@ class _Chunk:
             if not store.acknowledge_and_commit(connection, ids, self.number):
                 raise TransactionEndedError(ENDED)
 
+        # In the same transaction, and so heard when the rows are gone.
+        self._delivery.ring_if_ordered(connection)
         self._transaction.commit(last)
 
     def settle(self) -> bool:
