@@ -51,6 +51,13 @@ def given_up(listeners: Mapping[int, Listener], rows: Sequence[Claimed]) -> None
         _send(signals.notification_failed, listener, [row.id for row in mine], error=error)
 
 
+def superseded(listeners: Mapping[int, Listener], ids: Mapping[int, Sequence[int]]) -> None:
+    """A claim has deleted them, by subscription: newer ones of their unique key wait."""
+    if signals.notification_superseded.receivers:
+        for subscription, mine in ids.items():
+            _send(signals.notification_superseded, listeners[subscription], mine)
+
+
 def settled(
     listeners: Mapping[int, Listener],
     rows: Sequence[Claimed],

@@ -23,20 +23,22 @@ from pgpubsub_celery import announcements, drift, filters, signals, subscription
 from pgpubsub_celery.apps import load_app
 from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.channels import Channel, select_channels
+from pgpubsub_celery.claims import Claims
 from pgpubsub_celery.dispatch import Batch, Dispatcher, Standing
 from pgpubsub_celery.drivers import sqlstate
 from pgpubsub_celery.emit import EnqueuedTask
 from pgpubsub_celery.errors import ConnectionLostError, NotInstalledError, PgPubSubError, ReadOnlyDatabaseError
+from pgpubsub_celery.keyed import KeyedClaim
 from pgpubsub_celery.listeners import Listener, registered_listeners
 from pgpubsub_celery.logs import configure_logging
-from pgpubsub_celery.pacing import Backoff, Pace
+from pgpubsub_celery.pacing import Backoff
 from pgpubsub_celery.runs import one_line
 from pgpubsub_celery.schema import VERSION
 from pgpubsub_celery.settings import Settings, sync_url
-from pgpubsub_celery.store import Bound, Quota, Store
 from pgpubsub_celery.wakeups import Assembler, Link, bridge_engine
 
 if TYPE_CHECKING:
+    from pgpubsub_celery.store import Claim
     from pgpubsub_celery.supervisor import Control
 
 logger = logging.getLogger(__name__)
@@ -124,15 +126,12 @@ class Bridge:
         self._recover = recover
         self._stored = [channel for channel in channels if channel.lock_notifications]
         self._unstored = [channel for channel in channels if not channel.lock_notifications]
-        self._store = Store(settings.schema)
+        self._claims = Claims(settings)
         self._broker = Broker(app, timeout=settings.publish_timeout)
         self._database_trouble = _Trouble("database", control.index)
         self._broker_trouble = _Trouble("broker", control.index)
         # A process that follows one which has listened must hold nothing back: the boundary was that one's start.
         self._began = control.replacement
-        self._paces: dict[int, Pace] = {}
-        self._bounds: Mapping[int, Bound] = {}
-        self._turn = 0
         self._connected = False
         self._measure_at = float("-inf")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pgpubsub-publish")
@@ -167,14 +166,14 @@ class Bridge:
     def _serve(self, link: Link) -> None:
         link.require_primary()
         installation = link.require_installed(VERSION)
-        dispatcher = Dispatcher(self._app, self._store, self._broker, installation, self._settings)
         # It listens before it looks, so that nothing falls between.
         link.listen([channel.listen_safe_name() for channel in (*self._stored, *self._unstored)])
         listeners = self._subscribe(link)
         if not self._began:
             self._look_at_triggers(link)
+        self._claims.serve(self._conditions(link, listeners))
+        dispatcher = Dispatcher(self._app, self._claims.store, self._broker, installation, self._settings)
         dispatcher.know(listeners)
-        self._filter(link, listeners)
         self._start(link, listeners)
         self._database_trouble.over()
         self._control.ready()
@@ -188,9 +187,11 @@ class Bridge:
         return subscriptions.register(link.claims, self._settings.schema, mine)
 
     def _look_at_triggers(self, link: Link) -> None:
-        """Say which triggers that the listeners need are missing or out of date: what they miss is stored nowhere."""
+        """Say which triggers and keys are missing or out of date: what they miss is stored nowhere, or in no order."""
         try:
-            found = drift.trigger_differences(link.claims, link.names, [*self._stored, *self._unstored])
+            channels = [*self._stored, *self._unstored]
+            found = drift.trigger_differences(link.claims, link.names, channels)
+            found += drift.key_differences(link.claims, link.names, channels)
         except ProgrammingError as exc:  # a role that may not look at the tables' schema
             logger.debug("triggers are not looked at: %s", one_line(exc))
             return
@@ -200,21 +201,21 @@ class Bridge:
         for what in found:
             logger.warning("%s: run `pgpubsub-bridge install`, or migrate", what)
 
-    def _filter(self, link: Link, listeners: Mapping[int, Listener]) -> None:
-        """Leave to other bridges what does not meet this one's conditions."""
+    def _conditions(self, link: Link, listeners: Mapping[int, Listener]) -> Mapping[int, str]:
+        """Return what is this bridge's: what does not meet it is left to others."""
         conditions = filters.conditions(listeners, self._settings.listener_filter)
         filters.check(link.claims, link.names, conditions, listeners)
-        self._store = Store(self._settings.schema, conditions)
+        return conditions
 
     def _start(self, link: Link, listeners: Mapping[int, Listener]) -> None:
         """Hold or recover what was stored before, and say so; then say that it listens."""
-        self._store.adopt(link.claims, list(listeners))
+        self._claims.store.adopt(link.claims, list(listeners))
         held = 0
         for channel in self._stored:
             mine = [id for id, listener in listeners.items() if listener.channel is channel]
             first = link.first_alive(channel.name())
             if first and not self._began and self._recover is None and channel is not EnqueuedTask:
-                held += self._store.hold(link.claims, mine)
+                held += self._claims.store.hold(link.claims, mine)
             link.announce(channel.name(), first=first)
         if held:
             logger.info(
@@ -233,9 +234,11 @@ class Bridge:
         """Recover in batches, which several bridges may share."""
         recovered = 0
         # What fails while this goes on is not taken up again and again.
-        before = self._store.now(link.claims)
+        before = self._claims.store.now(link.claims)
         while not self._control.stopping.is_set():
-            batch = self._store.recover(link.claims, list(listeners), failed=self._recover == "all", before=before)
+            batch = self._claims.store.recover(
+                link.claims, list(listeners), failed=self._recover == "all", before=before
+            )
             recovered += batch
             if not batch:
                 break
@@ -246,26 +249,12 @@ class Bridge:
 
     def claim_and_dispatch(self, link: Link, dispatcher: Dispatcher, listeners: Mapping[int, Listener]) -> _Looked:
         """Claim what is due and publish it; the claim is committed before anything is published."""
-        quotas = self._quotas(listeners)
+        quotas = self._claims.quotas(listeners, dispatcher)
         # A broker that answers may still take nothing (its memory or disk is full): try it with one.
         batch_size = 1 if self._broker_trouble.since else self._settings.batch_size
-        claim = self._store.claim(link.claims, quotas, batch_size=batch_size, max_starts=self._settings.max_starts)
-        self._bounds = claim.bounds
+        claim = self._claims.claim(link.claims, quotas, batch_size)
         now = time.monotonic()
-        announcements.claimed(listeners, claim.rows, link.claims)
-        announcements.given_up(listeners, claim.given_up)
-        if claim.failed:
-            logger.error(
-                "failed %d notification(s): started and never finished, each time",
-                claim.failed,
-                extra={"notification_ids": [row.id for row in claim.given_up]},
-            )
-        if claim.lost:
-            logger.warning(
-                "publishing %d notification(s) again: their lease ran out or their run was lost",
-                claim.lost,
-                extra={"notification_ids": [row.id for row in claim.rows if row.was_lost]},
-            )
+        _tell(claim, link, listeners)
         claimed: dict[int, int] = {}
         for row in claim.rows:
             if not row.was_lost:  # those are counted in flight already
@@ -275,19 +264,19 @@ class Bridge:
         limited, soon = False, float("inf")
         for quota in quotas:
             id, in_flight = quota.subscription, claim.in_flight.get(quota.subscription, 0)
-            self._paces[id].observe(in_flight, claimed.get(id, 0), now)
+            self._claims.paces[id].observe(in_flight, claimed.get(id, 0), now)
             used_up = in_flight + claimed.get(id, 0) >= quota.limit
             if used_up:
-                limited, soon = True, min(soon, self._paces[id].seconds_for(quota.limit / 4))
+                limited, soon = True, min(soon, self._claims.paces[id].seconds_for(quota.limit / 4))
             standings[id] = Standing(in_flight=in_flight, more=full or used_up)
         if claim.rows and now >= self._measure_at:
             self._measure_at = now + MEASURE_SECONDS
-            dispatcher.measured = self._store.run_times(link.claims, list(listeners))
+            dispatcher.measured = self._claims.store.run_times(link.claims, list(listeners))
         try:
             self.finish(link, dispatcher)
         except BaseException:
             # What went wrong is the batch's before; what was claimed meanwhile need not wait for its lease.
-            self._store.release_unpublished(link.claims, [(row.id, row.dispatches) for row in claim.rows])
+            self._claims.store.release_unpublished(link.claims, [(row.id, row.dispatches) for row in claim.rows])
             raise
         if claim.rows:
             # Where the next claim follows at once, it need not wait for this to be published.
@@ -298,11 +287,13 @@ class Bridge:
         outage, self._outage = self._outage, None
         if outage is None:
             self._broker_trouble.over()
+        busy = isinstance(claim, KeyedClaim) and claim.busy
         return _Looked(
             claimed=len(claim.rows),
             full=full,
-            limited=limited,
-            soon=soon,
+            unfinished=isinstance(claim, KeyedClaim) and claim.unfinished,
+            limited=limited or busy,
+            soon=MOMENT if busy else soon,
             outage=outage,
             in_flight=claim.in_flight,
         )
@@ -316,8 +307,8 @@ class Bridge:
         logger.debug("published %d notification(s)", outcome.published)
         if outcome.outage is not None:
             # What was given back is before where the drain stood, and no worker has finished it.
-            self._bounds = {}
-            for pace in self._paces.values():
+            self._claims.begin_anew()
+            for pace in self._claims.paces.values():
                 pace.disregard()
             self._outage = self._outage or outcome.outage
 
@@ -327,29 +318,6 @@ class Bridge:
         if batch is not None:
             with contextlib.suppress(Exception):
                 batch.outcomes()
-
-    def _quotas(self, listeners: Mapping[int, Listener]) -> list[Quota]:
-        quotas = []
-        for id, listener in listeners.items():
-            lease = listener.channel.lease or self._settings.lease
-            carries = listener.channel.acknowledge == "published"
-            pace = self._paces.get(id)
-            if pace is None:
-                pace = self._paces[id] = Pace(self._settings.max_in_flight, lease)
-            quotas.append(
-                Quota(
-                    subscription=id,
-                    # Rows that go at publication are never in flight: only the broker limits them.
-                    limit=self._settings.batch_size if carries else pace.quota,
-                    lease=lease,
-                    lease_max=max(lease, self._settings.lease_max),
-                    with_payload=carries,
-                    bound=self._bounds.get(id),
-                )
-            )
-        # In turns, so that one listener's backlog does not fill every batch.
-        self._turn = (self._turn + 1) % max(1, len(quotas))
-        return quotas[self._turn :] + quotas[: self._turn]
 
     # What a watch needs
 
@@ -370,15 +338,19 @@ class Bridge:
 
     def sweep(self, link: Link, listeners: Mapping[int, Listener]) -> None:
         """Do what need not be done at once: adopt what had no listener, drop failed rows past their retention."""
-        self._store.adopt(link.claims, list(listeners))
-        self._store.forget_run_times(link.claims)
+        self._claims.store.adopt(link.claims, list(listeners))
+        self._claims.store.forget_run_times(link.claims)
         if self._settings.failed_retention is not None:
-            pruned = self._store.prune_failed(link.claims, list(listeners), self._settings.failed_retention)
+            pruned = self._claims.store.prune_failed(link.claims, list(listeners), self._settings.failed_retention)
             announcements.discarded(None, (), pruned)
 
     def next_due(self, link: Link, listeners: Mapping[int, Listener]) -> float | None:
         """Return the seconds until something is due, or None."""
-        return self._store.next_due(link.claims, list(listeners))
+        return self._claims.next_due(link.claims, listeners)
+
+    def something_happened(self) -> None:
+        """Note that what was looked at may have changed."""
+        self._claims.something_happened()
 
     def ring_others(self, link: Link) -> None:
         """Tell the other bridges that there is more than one of them can take."""
@@ -416,6 +388,8 @@ class _Looked:
 
     claimed: int
     full: bool
+    unfinished: bool
+    """There are keys that it has not come to."""
     limited: bool
     """A quota was used up: there may be more."""
     soon: float
@@ -471,6 +445,11 @@ class _Watch:
 
     def _patience(self, looked: _Looked) -> float:
         """Return how long to wait for a ring; above all decide whether writers have to ring."""
+        if looked.unfinished:
+            if looked.claimed:
+                self._empty = 0
+                self._link.open_doors()
+            return 0.0
         if looked.claimed:
             self._empty = 0
             if looked.limited:
@@ -486,7 +465,9 @@ class _Watch:
                 return MOMENT
             # Whoever was registered has committed once the doors are closed: one more look, and sleep. While some
             # writer is still registered, silently, look again soon.
-            return 0.0 if self._link.close_doors() else self._doubling(BUSY_MOMENT)
+            closed = self._link.close_doors()
+            self._bridge.something_happened()
+            return 0.0 if closed else self._doubling(BUSY_MOMENT)
         waits = [self._sweep_at - time.monotonic()]
         due = None if looked.limited else self._bridge.next_due(self._link, self._listeners)
         if looked.limited or (due is not None and due <= 0):
@@ -516,6 +497,7 @@ class _Watch:
                     self._bridge.publish_unstored(self._dispatcher, message)
             else:
                 self._rings.append(time.monotonic())
+                self._bridge.something_happened()
                 signals.bridge_woken.send(self._bridge.control.index, reason="doorbell", count=1)
         del self._rings[: -2 * RINGS_UNDER_LOAD]
 
@@ -529,6 +511,27 @@ class _Watch:
             self._sweep_at = now + self._bridge.settings.poll_interval
             signals.bridge_woken.send(self._bridge.control.index, reason="sweep", count=1)
             self._bridge.sweep(self._link, self._listeners)
+
+
+def _tell(claim: Claim, link: Link, listeners: Mapping[int, Listener]) -> None:
+    """Say what a claim has found that is out of the ordinary, and to signals what it has done."""
+    announcements.claimed(listeners, claim.rows, link.claims)
+    announcements.given_up(listeners, claim.given_up)
+    if isinstance(claim, KeyedClaim) and claim.superseded:
+        logger.debug("deleted %d notification(s): newer ones of their unique key wait", claim.superseded_count)
+        announcements.superseded(listeners, claim.superseded)
+    if claim.failed:
+        logger.error(
+            "failed %d notification(s): started and never finished, each time",
+            claim.failed,
+            extra={"notification_ids": [row.id for row in claim.given_up]},
+        )
+    if claim.lost:
+        logger.warning(
+            "publishing %d notification(s) again: their lease ran out or their run was lost",
+            claim.lost,
+            extra={"notification_ids": [row.id for row in claim.rows if row.was_lost]},
+        )
 
 
 class _Trouble:

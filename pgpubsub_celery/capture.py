@@ -13,7 +13,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 
-from pgpubsub_celery.schema import Names, quote_identifier, quote_literal
+from pgpubsub_celery.schema import NO_KEY, Names, quote_identifier, quote_literal
 
 ROW_LIMIT = 100_000_000
 """Bytes of a row's text up to which all of it is stored; jsonb ends at 256 MB, and old and new must both fit."""
@@ -63,6 +63,9 @@ class Capture:
     """Whether each listener that this release has for the operation has one."""
     kind: tuple[str, tuple[str, ...]] | None = None
     """A column, and its values (as SQL) in the rows that are the channel's; None: all are."""
+    ordering_key: tuple[str, ...] = ()
+    """Columns whose values are the notification's key. Of an update, as they are afterwards."""
+    unique_key: tuple[str, ...] = ()
 
     # Built once for each text
 
@@ -78,6 +81,12 @@ class Capture:
     def _keys(self) -> tuple[str, ...]:
         # jsonb sorts its keys by length and then bytes: given in that order they cost nothing to sort.
         return tuple(sorted(self.columns, key=lambda name: (len(name.encode()), name.encode())))
+
+    @property
+    def _named_keys(self) -> list[tuple[str, tuple[str, ...]]]:
+        """The notification's columns for keys that are filled, with the table's columns that they are made of."""
+        both = (("ordering_key", self.ordering_key), ("unique_key", self.unique_key))
+        return [(name, columns) for name, columns in both if columns]
 
     @functools.cached_property
     def _watched(self) -> tuple[str, ...]:
@@ -123,6 +132,8 @@ class Capture:
             operation=quote_literal(self.operation),
             changes=self._changes(sources),
             where=where,
+            keys="".join(f", {name}" for name, _ in self._named_keys),
+            made="".join(f", c.{name}" for name, _ in self._named_keys),
         )
 
     def _send(self, sources: Mapping[str, str]) -> str:
@@ -179,18 +190,24 @@ class Capture:
 
     def _changes(self, sources: Mapping[str, str]) -> str:
         if not self._sides:
-            return "        SELECT 1 AS ordinal, '{}'::jsonb AS payload"
-        named = list(dict.fromkeys([*self.columns, *self._watched, *(self.kind or ())[:1]]))
+            keys = "".join(f", {_key('NULL::text', name)} AS {name}" for name, _ in self._named_keys)
+            return f"        SELECT 1 AS ordinal, '{{}}'::jsonb AS payload{keys}"
+        named = list(dict.fromkeys([*self.columns, *self._watched, *(self.kind or ())[:1], *self._parts]))
         rows = ("o", "n") if len(self._sides) == 2 else ("r",)
         parts = {
             "missing": ", ".join(f"NULL::text AS {quote_identifier(str(name))}" for name in named),
             "where": " OR ".join(f"{row}.kind" for row in rows) if self.kind is not None else "true",
-            **{side: self._side(sources[side]) for side in self._sides},
+            **{side: self._side(side, sources[side]) for side in self._sides},
         }
+        keys = "".join(f", {rows[-1]}.{name}" for name, _ in self._named_keys)
         if len(self._sides) == 2:
-            return _PAIRED.format(differing=self._differing, **parts)
+            return _PAIRED.format(differing=self._differing, keys=keys, **parts)
         (side,) = self._sides
-        return _SINGLE.format(side=side, rows=parts[side], missing=parts["missing"], where=parts["where"])
+        return _SINGLE.format(side=side, rows=parts[side], missing=parts["missing"], where=parts["where"], keys=keys)
+
+    @property
+    def _parts(self) -> list[str]:
+        return [column for _, columns in self._named_keys for column in columns]
 
     @property
     def _differing(self) -> str:
@@ -204,7 +221,7 @@ class Capture:
             if predicate.watched
         )
 
-    def _side(self, source: str) -> str:
+    def _side(self, side: str, source: str) -> str:
         limit = ROW_LIMIT if self.stored else UNSTORED_ROW_LIMIT
         extra, taken = "", ""
         if self._watched:
@@ -215,6 +232,11 @@ class Capture:
             texts = ", ".join(f"concat({value})" for value in values)
             extra += f', concat({quote_identifier(column)}) COLLATE "C" = ANY (ARRAY[{texts}]::text[]) AS kind'
             taken += ", v.kind"
+        if side == self._sides[-1]:
+            for name, columns in self._named_keys:
+                made = _key(f"{self._sql.prefix}pgpubsub_key({_texts(columns)})", name)
+                extra += f",\n                        {made} AS {name}"
+                taken += f", v.{name}"
         # Where nobody asks for it, one plan node less for each statement.
         numbered = len(self._sides) == 2 or bool(self._conditions)
         return _SIDE.format(
@@ -310,6 +332,11 @@ def _texts(names: Iterable[str], *, collate: bool = False) -> str:
     return f"ARRAY[{', '.join(values)}]::text[]"
 
 
+def _key(made: str, name: str) -> str:
+    """A key as it is stored. What has none to be ordered by has one of its own, and waits for nobody."""
+    return f"coalesce({made}, {NO_KEY})" if name == "ordering_key" else made
+
+
 _TEXT = "CASE WHEN {name} IS DISTINCT FROM NULL THEN concat({name}){collation} END"
 
 
@@ -345,8 +372,8 @@ _STORE = """    WITH subscribed AS MATERIALIZED (
         SELECT s.id, s.channel, s.listener, s.aliases FROM {subscription} s
         WHERE {is_subscribed}
     )
-    INSERT INTO {notification} (channel, subscription, operation, payload, context, db_version)
-    SELECT coalesce(s.channel, emitted.names[1]), s.id, {operation}, c.payload, emitted.context, emitted.version
+    INSERT INTO {notification} (channel, subscription, operation, payload, context, db_version{keys})
+    SELECT coalesce(s.channel, emitted.names[1]), s.id, {operation}, c.payload, emitted.context, emitted.version{made}
     FROM (
 {changes}
     ) c LEFT JOIN subscribed s ON true{where};
@@ -365,7 +392,7 @@ _SEND = """    PERFORM {s}pgpubsub_send(d.listen_name, jsonb_build_object(
 
 # The changes, in their order. Columns are not qualified: one that the table no longer has is found in `missing`.
 _SINGLE = """        SELECT rows.* FROM (SELECT {missing}) missing CROSS JOIN LATERAL (
-            SELECT r.ordinal, jsonb_build_object('{side}', r.columns) AS payload
+            SELECT r.ordinal, jsonb_build_object('{side}', r.columns) AS payload{keys}
             FROM (
 {rows}
             ) r WHERE {where}
@@ -375,7 +402,7 @@ _SINGLE = """        SELECT rows.* FROM (SELECT {missing}) missing CROSS JOIN LA
 # because that is never done by a nested loop, which a plan made for one row would do to ten thousand. ORDER, because a
 # hash join that goes to disk loses it.
 _PAIRED = """        SELECT rows.* FROM (SELECT {missing}) missing CROSS JOIN LATERAL (
-            SELECT n.ordinal, jsonb_build_object('old', o.columns, 'new', n.columns) AS payload{differing}
+            SELECT n.ordinal, jsonb_build_object('old', o.columns, 'new', n.columns) AS payload{differing}{keys}
             FROM (
 {old}
             ) o FULL JOIN (

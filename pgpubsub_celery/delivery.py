@@ -34,7 +34,7 @@ from pgpubsub_celery.listeners import Listener
 from pgpubsub_celery.messages import Envelope, notification_task_id
 from pgpubsub_celery.payload import decode_message
 from pgpubsub_celery.rows import decode_rows
-from pgpubsub_celery.runs import DONE, FAILED, RETRY, SPLIT, BatchRun, Run
+from pgpubsub_celery.runs import DONE, FAILED, RELEASED, RETRY, SPLIT, BatchRun, Run
 from pgpubsub_celery.runtime import Runtime
 from pgpubsub_celery.settings import DEFAULT_DATABASE
 from pgpubsub_celery.shortcut import Shortcut
@@ -132,6 +132,9 @@ class Delivery:
         # A notification alone is its message: Celery tells of that.
         wanted = not self.single and WANTED in request
         self._telling = Telling(task.app, request) if wanted else None
+        self.ordered = self.listener.channel.ordering_key is not None
+        self._blocked: dict[str, int] = {}
+        """Ordering keys of which one was not finished, with its id: what comes behind it is not run."""
 
     def deliver(self) -> Any:
         """Take what the message tells of, run each, settle each; return what Celery's tracer returns."""
@@ -282,6 +285,57 @@ class Delivery:
                 listed.append(row)
                 messages.append(one[name])
         return [*alone, (listed, {name: messages})] if listed else alone
+
+    # Order: in a message, notifications of one key run in the order of their ids, as its rows and parts are.
+
+    def in_turn(
+        self, connection: Connection, told: Sequence[int], rows: Sequence[Taken]
+    ) -> tuple[list[Taken], list[int]]:
+        """Return the taken rows whose turn it is, and the ids of those with one before them that another message has.
+
+        Only where some of the ids that the message has told of were not to be had.
+        """
+        if not self.ordered or not rows or len(rows) == len(told):
+            return list(rows), []
+        ids = [row.id for row in rows]
+        behind = self.store.behind(connection, ids, passes=self._passes)
+        return [row for row in rows if row.id not in behind], [id for id in ids if id in behind]
+
+    def unblocked(self, part: Part) -> tuple[Part | None, list[int]]:
+        """Return what of a part may run, and the ids of those behind one of their key that was not finished."""
+        rows, arguments = part
+        behind = [row.id for row in rows if self._is_blocked(row)] if self._blocked else []
+        if not behind:
+            return part, []
+        if len(behind) == len(rows) or isinstance(arguments, DecodeError):
+            return None, behind
+        ((name, messages),) = arguments.items()
+        kept = [(row, one) for row, one in zip(rows, messages, strict=True) if row.id not in behind]
+        return ([row for row, _ in kept], {name: [one for _, one in kept]}), behind
+
+    def note_end(self, run: Run) -> None:
+        """Note what a run's end means to those behind it; it is settled, or about to be together with them."""
+        if run.outcome in (RETRY, RELEASED) or (run.outcome == FAILED and not self._passes):
+            self.block(run.rows)
+
+    def block(self, rows: Sequence[Taken]) -> None:
+        """Run nothing more of this message that comes behind these in their keys."""
+        if self.ordered:
+            for row in rows:
+                if row.ordering_key is not None:
+                    self._blocked[row.ordering_key] = min(row.id, self._blocked.get(row.ordering_key, row.id))
+
+    def _is_blocked(self, row: Taken) -> bool:
+        return row.ordering_key is not None and row.id > self._blocked.get(row.ordering_key, row.id)
+
+    @property
+    def _passes(self) -> bool:
+        return self.listener.channel.failed_key == "passes"
+
+    @property
+    def frees_by_failing(self) -> bool:
+        """Whether a failed notification makes way for the next of its key, so that bridges are to be told."""
+        return self.ordered and self._passes
 
     def trace(self, run: Run, arguments: dict[str, Any] | DecodeError) -> None:
         """Run one notification through Celery's tracer, with a request of its own."""

@@ -99,6 +99,10 @@ class Dispatcher:
         self._listeners = listeners
         self._bundlings = {id: bundling_of(listener, self._app, self._settings) for id, listener in listeners.items()}
 
+    def run_of_a_key(self, id: int) -> int:
+        """Return how many notifications of one ordering key may be claimed together: as many as a message carries."""
+        return self._bundle(id, 1, Standing(more=True))
+
     def dispatch(
         self, connection: Connection, claimed: Sequence[Claimed], standings: Mapping[int, Standing] | None = None
     ) -> Dispatched:
@@ -176,19 +180,22 @@ class Dispatcher:
 
     def _address(self, id: int, rows: int, standing: Standing) -> Address:
         listener = self._listeners[id]
-        channel, measured = listener.channel, self.measured.get(id)
         return Address(
-            channel=channel.name(),
+            channel=listener.channel.name(),
             listener=listener.name,
             task=listener.name,
-            bundle=self._bundlings[id].size(
-                rows,
-                mean_seconds=None if measured is None else measured.mean_seconds,
-                processes=0 if measured is None else measured.processes,
-                in_flight=standing.in_flight,
-                more=standing.more,
-            ),
-            carries=channel.acknowledge == "published",
+            bundle=self._bundle(id, rows, standing),
+            carries=listener.channel.acknowledge == "published",
+        )
+
+    def _bundle(self, id: int, rows: int, standing: Standing) -> int:
+        measured = self.measured.get(id)
+        return self._bundlings[id].size(
+            rows,
+            mean_seconds=None if measured is None else measured.mean_seconds,
+            processes=0 if measured is None else measured.processes,
+            in_flight=standing.in_flight,
+            more=standing.more,
         )
 
     def _settle(

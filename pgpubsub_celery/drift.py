@@ -162,6 +162,17 @@ def trigger_differences(connection: Connection, names: Names, channels: Sequence
     return found
 
 
+def key_differences(connection: Connection, names: Names, channels: Sequence[type[Channel]]) -> list[str]:
+    """Return which of these channels' keys are not what emit makes of their messages, one line each. Only reads."""
+    known = {row.name: row for row in known_channels(connection, names)}
+    found: list[str] = []
+    for wanted in map(wanted_channel, channels):
+        row = known.get(wanted.name)
+        if row is not None and (row.ordering_key, row.unique_key) != (wanted.ordering_key, wanted.unique_key):
+            found.append(f"the keys of the channel {wanted.name} are out of date")
+    return found
+
+
 def upgrade_steps(names: Names, version: int) -> list[Step]:
     """Return what the tables of an older version lack, a step for each version between."""
     return [

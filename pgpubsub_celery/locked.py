@@ -82,6 +82,8 @@ class LockedDelivery(Delivery):
             announcements.ended(self.listener, chunk.runs, chunk.left)
         else:
             self._settle_apart(chunk.runs, chunk.left, chunk.number)
+            # What was done may have been given back with the rest: nothing is to run before it.
+            chunk.cut_short = chunk.cut_short or self.ordered
         return chunk
 
     def _transact(self, ids: Sequence[int], started: float) -> tuple[_Chunk, bool]:
@@ -107,7 +109,13 @@ class LockedDelivery(Delivery):
             started = 1 if self.envelope.dispatches > 1 else 0
             delay = self.release_delay()
             self.store.release(connection, released, self.envelope.dispatches, started=started, delay=delay)
-        if released or any(run.outcome == RETRY for run in each):
+        freed = self.frees_by_failing and any(run.outcome == FAILED for run in each)
+        if released or freed or any(run.outcome == RETRY for run in each):
+            self.runtime.ring(connection, [self.listener.channel.name()])
+
+    def ring_if_ordered(self, connection: Connection) -> None:
+        """Tell the bridges, at the commit, that the next of each key may follow."""
+        if self.ordered:
             self.runtime.ring(connection, [self.listener.channel.name()])
 
     def _settle_apart(self, each: Sequence[Run], left: Sequence[int], number: int = 0) -> None:
@@ -125,6 +133,7 @@ class LockedDelivery(Delivery):
                 if done and self.store.was_committed(connection, number):
                     ids = [id for run in done for id in run.ids]
                     self.store.acknowledge_committed(connection, ids, self.envelope.dispatches)
+                    self.ring_if_ordered(connection)
                 else:
                     for run in done:
                         run.outcome = RELEASED
@@ -177,18 +186,23 @@ class _Chunk:
         delivery = self._delivery
         rows, self.number = delivery.store.take_locked(self._connection, ids, delivery.envelope.dispatches)
         announcements.dropped(delivery.listener, ids, (row.id for row in rows))
+        rows, self.left = delivery.in_turn(self._connection, ids, rows)
         arguments = delivery.decode(rows, self._connection)
         parts = delivery.parts(rows, arguments)
         while parts:
-            part = parts.pop(0)
+            part, behind = delivery.unblocked(parts.pop(0))
+            self.left += behind
+            if part is None:
+                continue
             run = self._run_part(part)
             delivery.count(run)
             if run.outcome == SPLIT:
                 parts = [*halves(part), *parts]
             else:
                 self.runs.append(run)
+                delivery.note_end(run)
             if self._transaction.lost or self._must_stop(run) or self._is_slow:
-                self.left = [row.id for later, _ in parts for row in later]
+                self.left += [row.id for later, _ in parts for row in later]
                 self.cut_short = True
                 return
             if self._transaction.savepoints >= SAVEPOINTS:
@@ -252,6 +266,7 @@ class _Chunk:
         deleted = self._delivery.store.acknowledge_locked(self._connection, ids, self.number)
         if deleted != len(ids):
             raise TransactionEndedError(ENDED)
+        self._delivery.ring_if_ordered(self._connection)
 
     def _acknowledge_and_commit(self, ids: Sequence[int]) -> None:
         # If we die before this, nothing happened: the locks go with the connection, the lease gives the rows back.
@@ -265,6 +280,8 @@ class _Chunk:
             if not store.acknowledge_and_commit(connection, ids, self.number):
                 raise TransactionEndedError(ENDED)
 
+        # In the same transaction, and so heard when the rows are gone.
+        self._delivery.ring_if_ordered(connection)
         self._transaction.commit(last)
 
     def settle(self) -> bool:

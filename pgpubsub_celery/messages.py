@@ -155,7 +155,8 @@ def build_messages(
     """Return the messages for claimed rows, in the rows' order; `database` is for their envelopes.
 
     First dispatches of one listener share messages of up to its bundle size; a row dispatched before is a suspect
-    and travels alone, or one poison row would kill its neighbours again and again.
+    and travels alone, or one poison row would kill its neighbours again and again. Rows of one ordering key, which run
+    one after the other, are never in two messages.
     """
     alone: list[tuple[int, Sequence[Claimed]]] = []
     together: dict[int, list[Claimed]] = {}
@@ -176,8 +177,24 @@ def build_messages(
 
 
 def _chunks(rows: Sequence[Claimed], size: int) -> Iterator[Sequence[Claimed]]:
+    if any(row.ordering_key is not None for row in rows):
+        yield from _chunks_of_keys(rows, size)
+        return
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
+
+
+def _chunks_of_keys(rows: Sequence[Claimed], size: int) -> Iterator[Sequence[Claimed]]:
+    by_key: dict[Any, list[Claimed]] = {}
+    for row in rows:
+        by_key.setdefault(row.id if row.ordering_key is None else row.ordering_key, []).append(row)
+    chunk: list[Claimed] = []
+    for mine in by_key.values():
+        if chunk and len(chunk) + len(mine) > size:
+            yield sorted(chunk, key=lambda row: row.id)
+            chunk = []
+        chunk += mine
+    yield sorted(chunk, key=lambda row: row.id)
 
 
 def _message(

@@ -38,14 +38,15 @@ class OwnedDelivery(Delivery):
         if not rows:
             return
         self.runtime.heartbeat.add([row.id for row in rows], owner, lease)
+        # Every row that is not settled yet, or cannot be run.
         left = [row.id for row in rows]
         try:
-            arguments = self._decode_all(rows)
-            parts = self.parts(rows, arguments)
+            in_turn = self._in_turn(rows)
+            parts = self.parts(in_turn, self._decode_all(in_turn))
             while parts:
-                part = parts.pop(0)
-                run = self._run_part(part, owner, left)
-                if run is None:
+                part, _ = self.unblocked(parts.pop(0))
+                run = None if part is None else self._run_part(part, owner, left)
+                if part is None or run is None:
                     continue
                 if run.outcome == SPLIT:
                     parts = [*halves(part), *parts]
@@ -62,6 +63,12 @@ class OwnedDelivery(Delivery):
         with self.runtime.autocommit() as connection:
             return self.store.take_owned(connection, self.envelope.ids, self.envelope.dispatches, owner, lease)
 
+    def _in_turn(self, rows: Sequence[Taken]) -> Sequence[Taken]:
+        if not self.ordered or len(rows) == len(self.envelope.ids):
+            return rows
+        with self.runtime.autocommit() as connection:
+            return self.in_turn(connection, self.envelope.ids, rows)[0]
+
     def _decode_all(self, rows: Sequence[Taken]) -> list[Arguments]:
         if not issubclass(self.listener.channel, TriggerChannel):
             return self.decode_messages(rows)
@@ -75,6 +82,7 @@ class OwnedDelivery(Delivery):
             left.remove(rows[0].id)
             self._settle(lambda connection: self._release(connection, [rows[0].id], owner, started=1))
             announcements.ended(self.listener, [], [rows[0].id])
+            self.block(rows)
             return None
         run = self.make_run(rows, self._invoke)
         acknowledged = {row.id: _Acknowledged(self, row, owner) for row in rows}
@@ -93,7 +101,10 @@ class OwnedDelivery(Delivery):
             self.runtime.heartbeat.remove(row.id)
         if len(rows) > 1:
             left[:] = [id for id in left if id not in acknowledged]
-        self._settle(lambda connection: self._write(connection, run, owner, acknowledged))
+        if self._settle(lambda connection: self._write(connection, run, owner, acknowledged)):
+            self.note_end(run)
+        else:
+            self.block(rows)
         return run
 
     def _invoke(self, call: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
@@ -118,17 +129,21 @@ class OwnedDelivery(Delivery):
             announcements.ended(self.listener, [run])
             return
         if run.outcome == DONE:
-            ours = self.store.acknowledge_all_owned(connection, ids, owner) == len(ids)
+            rings = self.listener.channel.name() if self.ordered else None
+            ours = self.store.acknowledge_all_owned(connection, ids, owner, rings=rings) == len(ids)
         elif run.outcome == RETRY:
             ours = self.write_retry(connection, run, owner)
             self.runtime.ring(connection, [run.taken.channel])
         elif run.outcome == FAILED:
             ours = self.write_failure(connection, run, owner, ids)
+            if self.frees_by_failing:
+                self.runtime.ring(connection, [self.listener.channel.name()])
         else:
             ours = self._release(connection, ids, owner, started=1)
         if ours:
             announcements.ended(self.listener, [run])
         else:
+            self.block(run.rows)
             logger.warning(
                 "Notification %s of %s: its lease was lost while it ran (outcome: %s); it was given to another worker",
                 ", ".join(map(str, ids)),
@@ -142,18 +157,19 @@ class OwnedDelivery(Delivery):
         self.runtime.ring(connection, [self.listener.channel.name()])
         return bool(released)
 
-    def _settle(self, write: Callable[[Connection], object]) -> None:
+    def _settle(self, write: Callable[[Connection], object]) -> bool:
         # If we die before this, the listener has run and the lease gives the row back: it runs again (at least once).
         for attempt in (1, 2):
             try:
                 with self.runtime.autocommit() as connection:
                     write(connection)
-                return
+                return True
             except DBAPIError as exc:
                 # The pool may have held a connection that died meanwhile; the second one is new.
                 if attempt == 2 or not exc.connection_invalidated:
                     logger.warning("Settling a notification failed; its lease gives it back: %s", exc.orig)
-                    return
+                    return False
+        return False
 
 
 class _Acknowledged:
@@ -166,7 +182,9 @@ class _Acknowledged:
         self.asked = False
 
     def acknowledge(self, session: Session) -> None:
-        deleted = self._delivery.store.acknowledge_owned(session.connection(), self._row.id, self._owner)
+        delivery = self._delivery
+        rings = delivery.listener.channel.name() if delivery.ordered else None
+        deleted = delivery.store.acknowledge_owned(session.connection(), self._row.id, self._owner, rings=rings)
         if not deleted:
             raise LeaseLostError(
                 f"Notification {self._row.id} is no longer this worker's: its lease ran out and it was given to "

@@ -17,7 +17,7 @@ from sqlalchemy.sql.elements import BindParameter
 from sqlalchemy.sql.util import ClauseAdapter
 
 from pgpubsub_celery.capture import Capture, Predicate
-from pgpubsub_celery.channels import TriggerChannel, captured_columns
+from pgpubsub_celery.channels import TriggerChannel, captured_columns, keys_of
 from pgpubsub_celery.errors import ListenerError, did_you_mean
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def read_capture(
         (one for listener in listeners if (one := _predicate(channel, table, operation, listener)) is not None),
         key=lambda predicate: predicate.names,
     )
+    keys = keys_of(channel)
     return Capture(
         schema=schema,
         operation=operation,
@@ -54,6 +55,8 @@ def read_capture(
         everybody_has_predicates=len(predicates) == len(listeners),
         predicates=tuple(predicates),
         kind=_kind(channel, table),
+        ordering_key=keys.ordering,
+        unique_key=keys.unique,
     )
 
 

@@ -99,7 +99,8 @@ class ListenerRequest(Request):  # type: ignore[misc]  # celery has no types
         envelope = self._envelope
         if envelope is not None and self._ids:
             what = f"failing {len(envelope.ids)} notification(s)"
-            settle_later(self.task.app, what, _fail(envelope, error), envelope)
+            ordered = self.task.listener.channel.ordering_key is not None
+            settle_later(self.task.app, what, _fail(envelope, error, ordered), envelope)
 
 
 def give_back_unknown(sender: Any, message: Any, **_: Any) -> None:
@@ -129,7 +130,7 @@ def _give_back(envelope: Envelope, delay: float = 0.0) -> Write:
     return write
 
 
-def _fail(envelope: Envelope, error: str) -> Write:
+def _fail(envelope: Envelope, error: str, ordered: bool) -> Write:
     def write(store: Store, connection: Any) -> None:
         for id, retried in zip(envelope.ids, envelope.retries, strict=True):
             task_id = notification_task_id(envelope.installation, id)
@@ -137,6 +138,8 @@ def _fail(envelope: Envelope, error: str) -> Write:
                 connection, [id], envelope.dispatches, retries=[retried], error=error, task_id=task_id
             )
             announcements.lost(envelope, failed, error=error)
+        if ordered:
+            store.ring(connection, envelope.channel)
 
     return write
 

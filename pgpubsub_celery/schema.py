@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import uuid
 
-VERSION = 1
+VERSION = 2
 """Version of the tables and functions; `install` upgrades older ones and refuses to downgrade newer ones."""
 
 EMIT_FUNCTIONS = (
@@ -22,6 +22,12 @@ EMIT_FUNCTIONS = (
     "pgpubsub_emit(text, jsonb, timestamptz, jsonb, boolean, text)",
 )
 """What a role needs EXECUTE on in order to emit (`install --grant-emit ROLE`)."""
+
+
+NO_KEY = "concat('none:', gen_random_uuid())"
+"""SQL for the ordering key of a notification whose fields or columns for it are null: equal to no other.
+
+Not NULL: then a claim could find it only by looking through all that is due."""
 
 
 def quote_identifier(name: str) -> str:
@@ -99,7 +105,7 @@ def digest_of(create: str) -> str:
 def functions(schema: str, installation: uuid.UUID) -> list[Function]:
     """Return the functions in the order to create them."""
     s = quote_identifier(schema) + "."
-    values = {"s": s, "version_table": quote_literal(s + "alembic_version")}
+    values = {"s": s, "none": NO_KEY, "version_table": quote_literal(s + "alembic_version")}
 
     def function(signature: str, template: str, public: bool) -> Function:
         anonymous = template.format(installation=uuid.UUID(int=0), **values)
@@ -119,6 +125,8 @@ def functions(schema: str, installation: uuid.UUID) -> list[Function]:
             ("pgpubsub_context(jsonb)", _CONTEXT, False),
             ("pgpubsub_db_version()", _DB_VERSION, False),
             ("pgpubsub_ring(text)", _RING, False),
+            ("pgpubsub_key(text[])", _KEY, True),
+            ("pgpubsub_key(jsonb, text[])", _KEY_OF_MESSAGE, True),
             ("pgpubsub_send(text, jsonb)", _SEND, False),
             (EMIT_FUNCTIONS[1], _EMIT, False),
             (EMIT_FUNCTIONS[0], _NOTIFY, False),
@@ -275,6 +283,46 @@ END
 $function$
 """
 
+# A notification's key from the texts of its parts: of one part that, of several a JSON array; NULL where there is none.
+# An index entry has its limit, and a writer must not fail for it: a long key is its beginning and its digest.
+# COST 1: with the default, the planner would rather plan emit's INSERT anew for each call, for those that have no keys
+# and so do not call this, which takes as long as all the rest.
+_KEY = """
+CREATE OR REPLACE FUNCTION {s}pgpubsub_key(parts text[]) RETURNS text
+LANGUAGE plpgsql STABLE PARALLEL SAFE COST 1 AS $function$
+DECLARE
+    key text := CASE
+        WHEN pg_catalog.cardinality(parts) OPERATOR(pg_catalog.=) 1 THEN parts[1]
+        WHEN pg_catalog.array_remove(parts, NULL) OPERATOR(pg_catalog.<>) ARRAY[]::pg_catalog.text[]
+            THEN pg_catalog.to_jsonb(parts)::pg_catalog.text
+    END;
+BEGIN
+    IF pg_catalog.octet_length(key) OPERATOR(pg_catalog.>) 500 THEN
+        RETURN pg_catalog.concat(pg_catalog.left(key, 60), '...', pg_catalog.encode(
+            pg_catalog.sha256(pg_catalog.convert_to(key, pg_catalog.getdatabaseencoding())), 'hex'
+        ));
+    END IF;
+    RETURN key;
+END
+$function$
+"""
+
+# The same of a message, whose fields have the texts that JSON gives them.
+_KEY_OF_MESSAGE = """
+CREATE OR REPLACE FUNCTION {s}pgpubsub_key(payload jsonb, fields text[]) RETURNS text
+LANGUAGE plpgsql STABLE PARALLEL SAFE COST 1 AS $function$
+BEGIN
+    IF pg_catalog.cardinality(fields) OPERATOR(pg_catalog.=) 1 THEN
+        RETURN {s}pgpubsub_key(ARRAY[payload OPERATOR(pg_catalog.->>) fields[1]]);
+    END IF;
+    RETURN {s}pgpubsub_key(ARRAY(
+        SELECT payload OPERATOR(pg_catalog.->>) f.name
+        FROM pg_catalog.unnest(fields) WITH ORDINALITY AS f (name, position) ORDER BY f.position
+    ));
+END
+$function$
+"""
+
 # Emit: one row for each payload and subscribed listener, or one without listener where there is none yet.
 # `is_stored` and `doorbell` come from the caller's release; without them (psql) the installed channel decides.
 _EMIT = """
@@ -288,7 +336,8 @@ DECLARE
     version text := {s}pgpubsub_db_version();
     stored_rows bigint;
 BEGIN
-    SELECT c.name, c.listen_name, c.stored, c.table_name INTO known FROM {s}pgpubsub_channel c
+    SELECT c.name, c.listen_name, c.stored, c.table_name, c.ordering_key, c.unique_key INTO known
+        FROM {s}pgpubsub_channel c
         WHERE c.name = emitted OR emitted = ANY (c.aliases) ORDER BY c.name = emitted DESC LIMIT 1;
     IF known.table_name IS NOT NULL THEN
         RAISE EXCEPTION 'pgpubsub: channel % carries the changes of the table %, whose triggers emit them',
@@ -301,15 +350,25 @@ BEGIN
         )) FROM jsonb_array_elements(payloads) p;
         RETURN 0;
     END IF;
-    INSERT INTO {s}pgpubsub_notification (channel, subscription, operation, payload, context, db_version, available_at)
-        SELECT s.channel, s.id, 'message', p.value, context, version, coalesce(due, now())
+    INSERT INTO {s}pgpubsub_notification (
+        channel, subscription, operation, payload, context, db_version, available_at, ordering_key, unique_key
+    )
+        SELECT s.channel, s.id, 'message', p.value, context, version, coalesce(due, now()),
+            CASE WHEN known.ordering_key IS NOT NULL
+                THEN coalesce({s}pgpubsub_key(p.value, known.ordering_key), {none}) END,
+            CASE WHEN known.unique_key IS NOT NULL THEN {s}pgpubsub_key(p.value, known.unique_key) END
         FROM jsonb_array_elements(payloads) WITH ORDINALITY AS p (value, position), {s}pgpubsub_subscription s
         WHERE (s.channel = emitted OR emitted = ANY (s.channel_aliases)) AND 'message' = ANY (s.operations)
         ORDER BY p.position, s.id;
     GET DIAGNOSTICS stored_rows = ROW_COUNT;
     IF stored_rows = 0 THEN
-        INSERT INTO {s}pgpubsub_notification (channel, operation, payload, context, db_version, available_at)
-            SELECT coalesce(known.name, emitted), 'message', p.value, context, version, coalesce(due, now())
+        INSERT INTO {s}pgpubsub_notification (
+            channel, operation, payload, context, db_version, available_at, ordering_key, unique_key
+        )
+            SELECT coalesce(known.name, emitted), 'message', p.value, context, version, coalesce(due, now()),
+                CASE WHEN known.ordering_key IS NOT NULL
+                THEN coalesce({s}pgpubsub_key(p.value, known.ordering_key), {none}) END,
+                CASE WHEN known.unique_key IS NOT NULL THEN {s}pgpubsub_key(p.value, known.unique_key) END
             FROM jsonb_array_elements(payloads) WITH ORDINALITY AS p (value, position) ORDER BY p.position;
         GET DIAGNOSTICS stored_rows = ROW_COUNT;
     END IF;

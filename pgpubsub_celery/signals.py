@@ -32,6 +32,7 @@ __all__ = [
     "notification_recovered",
     "notification_released",
     "notification_retried",
+    "notification_superseded",
 ]
 
 # In the writer's process
@@ -60,6 +61,9 @@ notification_published = Signal(name="notification_published", providing_args={"
 notification_released = Signal(name="notification_released", providing_args={"channel", "ids", "count", "reason"})
 """Given back, to be published again. `reason` is "unpublished" (the broker did not take it), "refused" (its queue did
 not), or, in a worker, "circumstances" (a deadlock, a lost connection, a soft time limit …) or "lost" (its process)."""
+
+notification_superseded = Signal(name="notification_superseded", providing_args={"channel", "ids", "count"})
+"""Deleted without having been published, because a newer one of the same `unique_key` waits."""
 
 # In a worker, and in a bridge for channels with acknowledge="published"
 

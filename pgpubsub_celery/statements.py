@@ -13,7 +13,7 @@ from sqlalchemy import text
 # In the order of store.Taken's fields.
 TAKEN = (
     "n.id, n.channel, n.subscription, n.operation, n.payload, n.context, n.created_at, n.db_version, n.dispatches, "
-    "n.starts, n.retries"
+    "n.starts, n.retries, n.ordering_key"
 )
 
 # `= ANY (ARRAY(…))` rather than IN: the latter turns to a sequential scan at larger batches.
@@ -228,6 +228,17 @@ RETURNING {taken}
 ACKNOWLEDGE_OWNED = """
 DELETE FROM {n} n
 WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
+"""
+
+# In one statement, and so in one transaction even in autocommit: a worker that dies between the two would leave the
+# next of the key to the sweep.
+ACKNOWLEDGE_RINGING = """
+WITH gone AS (
+    DELETE FROM {n} n
+    WHERE n.id = ANY (CAST(:ids AS bigint[])) AND n.state = 'running' AND n.owner = CAST(:owner AS uuid)
+    RETURNING n.id
+)
+SELECT counted.number, {p}pgpubsub_ring(:channel) FROM (SELECT count(*) AS number FROM gone) counted
 """
 
 IS_OWNED = """

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.exc import DBAPIError
 
+from pgpubsub_celery import key_statements
 from pgpubsub_celery import statements as sql
 from pgpubsub_celery.prepared import Prepared
 from pgpubsub_celery.schema import Names, quote_literal
@@ -86,6 +87,8 @@ class Claimed:
     db_version: str | None = None
     was_lost: bool = False
     """It had been published before, and its lease ran out."""
+    ordering_key: str | None = None
+    """Of a subscription that is ordered by it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +122,7 @@ class Taken(NamedTuple):
     dispatches: int
     starts: int
     retries: int
+    ordering_key: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,6 +156,8 @@ class Store:
         self._acknowledge_and_commit = _sql(sql.ACKNOWLEDGE_AND_COMMIT, n=n)
         self._take_owned = _sql(sql.TAKE_OWNED, n=n, taken=sql.TAKEN)
         self._acknowledge_owned = _sql(sql.ACKNOWLEDGE_OWNED, n=n)
+        self._acknowledge_ringing = _sql(sql.ACKNOWLEDGE_RINGING, n=n, p=self.names.prefix)
+        self._behind = _sql(key_statements.BEHIND, n=n)
         self._is_owned = _sql(sql.IS_OWNED, n=n)
         self._renew = _sql(sql.RENEW, n=n)
         self._retry = _sql(sql.RETRY, n=n)
@@ -218,12 +224,12 @@ class Store:
         ).all()
         claimed = [row for row in result if row.id is not None]
         # UPDATE … RETURNING has no order; ids follow the order in which the rows were stored.
-        rows = sorted((_claimed(row) for row in claimed if row.state != "failed"), key=lambda row: row.id)
+        rows = sorted((claimed_row(row) for row in claimed if row.state != "failed"), key=lambda row: row.id)
         stands = {row.subscription: row for row in result if row.id is None}
         return Claim(
             rows=rows,
             failed=len(claimed) - len(rows),
-            given_up=[_claimed(row) for row in claimed if row.state == "failed"],
+            given_up=[claimed_row(row) for row in claimed if row.state == "failed"],
             lost=sum(row.was_lost for row in rows),
             in_flight={subscription: stand.in_flight for subscription, stand in stands.items()},
             bounds=_bounds(quotas, claimed, stands, full=len(claimed) >= batch_size),
@@ -430,13 +436,28 @@ class Store:
         self._patiently(connection, dict.fromkeys(ids, dispatches), attempt)
         return _in_order(rows)
 
-    def acknowledge_owned(self, connection: Connection, id: int, owner: uuid.UUID) -> bool:
+    def acknowledge_owned(self, connection: Connection, id: int, owner: uuid.UUID, *, rings: str | None = None) -> bool:
         """Delete a finished row; False when it is no longer this owner's."""
-        return self.acknowledge_all_owned(connection, [id], owner) == 1
+        return self.acknowledge_all_owned(connection, [id], owner, rings=rings) == 1
 
-    def acknowledge_all_owned(self, connection: Connection, ids: Sequence[int], owner: uuid.UUID) -> int:
-        """Delete finished rows; return how many were still this owner's."""
-        return connection.execute(self._acknowledge_owned, {"ids": list(ids), "owner": str(owner)}).rowcount
+    def acknowledge_all_owned(
+        self, connection: Connection, ids: Sequence[int], owner: uuid.UUID, *, rings: str | None = None
+    ) -> int:
+        """Delete finished rows; return how many were still this owner's.
+
+        `rings`: a channel with an ordering key, to tell its bridges in the same transaction that the next may follow.
+        """
+        parameters = {"ids": list(ids), "owner": str(owner)}
+        if rings is None:
+            return connection.execute(self._acknowledge_owned, parameters).rowcount
+        return int(connection.execute(self._acknowledge_ringing, {**parameters, "channel": rings}).scalar_one())
+
+    def behind(self, connection: Connection, ids: Sequence[int], *, passes: bool) -> set[int]:
+        """Return which of these taken rows have an earlier one of their ordering key that is not among them.
+
+        `passes`: failed ones do not count. Uses pgpubsub_notification_ordering_idx, one probe for each row.
+        """
+        return set(connection.execute(self._behind, {"ids": list(ids), "passes": passes}).scalars())
 
     def is_owned(self, connection: Connection, id: int, owner: uuid.UUID) -> bool:
         """Whether the row is still there and this owner's, as committed."""
@@ -612,7 +633,8 @@ def shorten(value: str, limit: int) -> str:
     return f"{value[:head]}\n... {len(value) - limit} characters left out ...\n{value[-(limit - head) :]}"
 
 
-def _claimed(row: Any) -> Claimed:
+def claimed_row(row: Any, ordering_key: str | None = None) -> Claimed:
+    """Return a row that a claim's statement has returned."""
     return Claimed(
         id=row.id,
         subscription=row.subscription,
@@ -624,6 +646,7 @@ def _claimed(row: Any) -> Claimed:
         context=row.context,
         db_version=row.db_version,
         was_lost=row.was_lost,
+        ordering_key=ordering_key,
     )
 
 

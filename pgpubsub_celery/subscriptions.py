@@ -17,7 +17,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from pgpubsub_celery.channels import Channel
+from pgpubsub_celery.channels import Channel, Keys, keys_of
 from pgpubsub_celery.listeners import Listener
 from pgpubsub_celery.schema import Names, quote_literal
 
@@ -33,6 +33,9 @@ class ChannelRow:
     listen_name: str
     stored: bool
     table_name: str | None
+    ordering_key: tuple[str, ...] | None = ()
+    """Fields of its messages; None, here and below, leaves what the database has, which may not know keys yet."""
+    unique_key: tuple[str, ...] | None = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +125,8 @@ class Change:
 
 def read_channels(connection: Connection, names: Names) -> list[ChannelRow]:
     """Return the channels that are stored."""
-    rows = connection.execute(text(f"SELECT name, aliases, listen_name, stored, table_name FROM {names.channel}"))
+    # All columns: an older version of the schema has no keys.
+    rows = connection.execute(text(f"SELECT c.* FROM {names.channel} c"))
     return [
         ChannelRow(
             name=row.name,
@@ -130,6 +134,8 @@ def read_channels(connection: Connection, names: Names) -> list[ChannelRow]:
             listen_name=row.listen_name,
             stored=row.stored,
             table_name=row.table_name,
+            ordering_key=tuple(getattr(row, "ordering_key", None) or ()),
+            unique_key=tuple(getattr(row, "unique_key", None) or ()),
         )
         for row in rows
     ]
@@ -159,24 +165,35 @@ def wanted_channel(channel: type[Channel]) -> ChannelRow:
     """Return what should be stored of a channel."""
     model: Any = getattr(channel, "model", None)
     table = getattr(model, "__table__", model)
+    # Triggers make the keys of changes themselves.
+    keys = Keys() if table is not None else keys_of(channel)
     return ChannelRow(
         name=channel.name(),
         aliases=frozenset(channel.aliases),
         listen_name=channel.listen_safe_name(),
         stored=channel.lock_notifications,
         table_name=None if table is None else str(table.fullname),
+        ordering_key=keys.ordering,
+        unique_key=keys.unique,
     )
 
 
 def channel_statement(row: ChannelRow, names: Names) -> str:
     """Return the SQL that stores a channel. Earlier names keep rows of their own, for releases that listen to those."""
-    table = "NULL" if row.table_name is None else quote_literal(row.table_name)
+    values = {
+        "aliases": text_array(row.aliases),
+        "listen_name": quote_literal(row.listen_name),
+        "stored": str(row.stored).lower(),
+        "table_name": "NULL" if row.table_name is None else quote_literal(row.table_name),
+    }
+    for column, fields in (("ordering_key", row.ordering_key), ("unique_key", row.unique_key)):
+        if fields is not None:
+            # In their order, which is that of the parts in the key.
+            values[column] = f"ARRAY[{', '.join(map(quote_literal, fields))}]::text[]" if fields else "NULL"
     return (
-        f"INSERT INTO {names.channel} (name, aliases, listen_name, stored, table_name) "
-        f"VALUES ({quote_literal(row.name)}, {text_array(row.aliases)}, {quote_literal(row.listen_name)}, "
-        f"{str(row.stored).lower()}, {table}) "
-        "ON CONFLICT (name) DO UPDATE SET aliases = excluded.aliases, listen_name = excluded.listen_name, "
-        "stored = excluded.stored, table_name = excluded.table_name"
+        f"INSERT INTO {names.channel} (name, {', '.join(values)}) "
+        f"VALUES ({quote_literal(row.name)}, {', '.join(values.values())}) "
+        f"ON CONFLICT (name) DO UPDATE SET {', '.join(f'{column} = excluded.{column}' for column in values)}"
     )
 
 

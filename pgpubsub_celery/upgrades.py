@@ -64,7 +64,36 @@ class Released:
         return tuple(found[1] for found in comments if found is not None)
 
 
-UPGRADES: tuple[Upgrade, ...] = ()
+def _add_keys(names: Names) -> Sequence[str]:
+    of_rows = 'ordering_key text COLLATE "C"', 'unique_key text COLLATE "C"'
+    of_channels = "ordering_key text[]", "unique_key text[]"
+    indexes = (
+        ("ordering", "ordering_key", "ordering_key IS NOT NULL"),
+        ("unique", "unique_key", "unique_key IS NOT NULL AND state = 'waiting'"),
+    )
+    return (
+        *(f"ALTER TABLE {names.notification} ADD COLUMN IF NOT EXISTS {column}" for column in of_rows),
+        *(f"ALTER TABLE {names.channel} ADD COLUMN IF NOT EXISTS {column}" for column in of_channels),
+        # No row has a key yet: these read the table once and write nothing.
+        *(
+            f"CREATE INDEX IF NOT EXISTS pgpubsub_notification_{name}_idx ON {names.notification} "
+            f"(subscription, {column}, id) WHERE {condition}"
+            for name, column, condition in indexes
+        ),
+    )
+
+
+def _remove_keys(names: Names) -> Sequence[str]:
+    # The indexes go with their columns. What is stored stays, in no order.
+    return (
+        f"ALTER TABLE {names.notification} DROP COLUMN IF EXISTS ordering_key, DROP COLUMN IF EXISTS unique_key",
+        f"ALTER TABLE {names.channel} DROP COLUMN IF EXISTS ordering_key, DROP COLUMN IF EXISTS unique_key",
+    )
+
+
+UPGRADES: tuple[Upgrade, ...] = (
+    Upgrade(to=2, what="the keys that notifications are ordered and made unique by", up=_add_keys, down=_remove_keys),
+)
 
 
 def pending(version: int) -> list[Upgrade]:

@@ -7,7 +7,7 @@ locked. Unless forced, never touches what is in flight: a listener may be at wor
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, TextClause, text
@@ -41,6 +41,8 @@ class Selection:
     """Seconds since they were stored."""
     error: str | None = None
     """A part of the error's text, in any case."""
+    keys: tuple[str, ...] = ()
+    """Ordering or unique keys."""
 
     def __post_init__(self) -> None:
         for state in self.states:
@@ -53,7 +55,7 @@ class Selection:
     def everything(self) -> bool:
         """Whether nothing was given that narrows it down."""
         return (
-            not (self.ids or self.channels or self.listeners or self.error)
+            not (self.ids or self.channels or self.listeners or self.error or self.keys)
             and self.older_than is None
             and not self.states
         )
@@ -87,6 +89,11 @@ class Selection:
         if self.error is not None:
             conditions.append("strpos(lower(n.error), lower(:error)) > 0")
             parameters["error"] = self.error
+        if self.keys:
+            conditions.append(
+                "(n.ordering_key = ANY (CAST(:keys AS text[])) OR n.unique_key = ANY (CAST(:keys AS text[])))"
+            )
+            parameters["keys"] = list(self.keys)
         return " AND ".join(conditions), parameters
 
 
@@ -124,12 +131,11 @@ def retry_batch(
     """
     statement, parameters = _batch(_RETRY, schema, selection, after, last, force)
     rows = connection.execute(statement, parameters).all()
-    ring = text(f"SELECT {Names(schema).prefix}pgpubsub_ring(:channel)")
     by_channel: dict[str, list[int]] = {}
     for row in rows:
         by_channel.setdefault(row.channel, []).append(row.id)
+    _ring(connection, schema, by_channel)
     for channel in sorted(by_channel):
-        connection.execute(ring, {"channel": channel})
         announcements.recovered(channel, by_channel[channel], len(by_channel[channel]))
     return _next([row.id for row in rows])
 
@@ -139,8 +145,11 @@ def discard_batch(
 ) -> Batch:
     """Delete up to `BATCH` of those meant, with ids above `after` and up to `last`; what is in flight with `force`."""
     statement, parameters = _batch(_DISCARD, schema, selection, after, last, force)
+    rows = connection.execute(statement, parameters).all()
+    # What held its key may be gone.
+    _ring(connection, schema, {row.channel for row in rows if row.ordering_key is not None})
     by_channel: dict[str, list[int]] = {}
-    for row in connection.execute(statement, parameters):
+    for row in rows:
         by_channel.setdefault(row.channel, []).append(row.id)
     for channel, ids in by_channel.items():
         announcements.discarded(channel, ids, len(ids))
@@ -198,6 +207,12 @@ def _batch(
     return statement, {**parameters, "after": after, "last": last, "batch": BATCH}
 
 
+def _ring(connection: Connection, schema: str, channels: Iterable[str]) -> None:
+    ring = text(f"SELECT {Names(schema).prefix}pgpubsub_ring(:channel)")
+    for channel in sorted(channels):
+        connection.execute(ring, {"channel": channel})
+
+
 def _next(ids: list[int]) -> Batch:
     return Batch(len(ids), max(ids) if len(ids) == BATCH else None)
 
@@ -213,7 +228,7 @@ WHERE n.id = ANY (ARRAY(
     WHERE n.id > :after AND n.id <= :last AND NOT (n.state = 'waiting' AND n.available_at <= now()) AND {condition}
     ORDER BY n.id LIMIT :batch FOR UPDATE SKIP LOCKED
 ))
-RETURNING n.id, n.channel
+RETURNING n.id, n.channel, n.ordering_key
 """
 
 _DISCARD = """
@@ -221,5 +236,5 @@ DELETE FROM {n} n WHERE n.id = ANY (ARRAY(
     SELECT n.id FROM {n} n WHERE n.id > :after AND n.id <= :last AND {condition}
     ORDER BY n.id LIMIT :batch FOR UPDATE SKIP LOCKED
 ))
-RETURNING n.id, n.channel
+RETURNING n.id, n.channel, n.ordering_key
 """

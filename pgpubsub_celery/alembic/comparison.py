@@ -162,12 +162,18 @@ class _Comparison:
 
     def _channel(self, before: ChannelRow | None, wanted: ChannelRow) -> None:
         if before is None:
-            create = self._operation("create_pgpubsub_channel", wanted.name, **_channel_settings(wanted))
+            create = self._operation(
+                "create_pgpubsub_channel", wanted.name, **_channel_settings(wanted), **_keys(wanted)
+            )
             undo = self._operation("drop_pgpubsub_channel", wanted.name)
             self._add(pair(create, undo), f"added pgpubsub channel {wanted.name}")
         elif before != wanted:
-            alter = self._operation("alter_pgpubsub_channel", wanted.name, **_channel_settings(wanted))
-            undo = self._operation("alter_pgpubsub_channel", wanted.name, **_channel_settings(before))
+            alter = self._operation(
+                "alter_pgpubsub_channel", wanted.name, **_channel_settings(wanted), **_keys(wanted, before)
+            )
+            undo = self._operation(
+                "alter_pgpubsub_channel", wanted.name, **_channel_settings(before), **_keys(before, wanted)
+            )
             self._add(pair(alter, undo), f"changed pgpubsub channel {wanted.name}")
 
     def _subscribed(self, row: Row) -> None:
@@ -203,7 +209,7 @@ class _Comparison:
         for name, channel in known.items():
             if name not in channels and self._may_remove(name) and not self._is_waited_for(name):
                 drop = self._operation("drop_pgpubsub_channel", name)
-                undo = self._operation("create_pgpubsub_channel", name, **_channel_settings(channel))
+                undo = self._operation("create_pgpubsub_channel", name, **_channel_settings(channel), **_keys(channel))
                 self._add(pair(drop, undo), f"removed pgpubsub channel {name}")
 
     def _is_waited_for(self, channel: str) -> bool:
@@ -327,6 +333,16 @@ def _channel_settings(row: ChannelRow) -> dict[str, Any]:
     settings |= {} if row.stored else {"stored": False}
     settings |= {"aliases": sorted(row.aliases)} if row.aliases else {}
     return settings | ({} if row.listen_name == listen_name_of(row.name) else {"listen_name": row.listen_name})
+
+
+def _keys(row: ChannelRow, other: ChannelRow | None = None) -> dict[str, Any]:
+    """Return the keys, where there are any, or where the `other` row, which it takes the place of, has others."""
+    found: dict[str, Any] = {}
+    for name in ("ordering_key", "unique_key"):
+        fields = getattr(row, name)
+        if fields or (other is not None and getattr(other, name) != fields):
+            found[name] = list(fields)
+    return found
 
 
 def _subscription(row: Row) -> tuple[str, str, list[str]]:

@@ -96,14 +96,21 @@ def create_pgpubsub_channel(
     stored: bool = True,
     aliases: Sequence[str] = (),
     listen_name: str | None = None,
+    ordering_key: Sequence[str] | None = None,
+    unique_key: Sequence[str] | None = None,
 ) -> list[str]:
-    """Make a channel known to the database: whom to ring, and whether its messages are stored."""
+    """Make a channel known to the database: whom to ring, whether its messages are stored, and which fields are keys.
+
+    Keys need version 2 of the schema; without them, those that the channel has stay (`[]` removes them).
+    """
     row = ChannelRow(
         name=channel,
         aliases=frozenset(aliases),
         listen_name=listen_name or listen_name_of(channel),
         stored=stored,
         table_name=table,
+        ordering_key=None if ordering_key is None else tuple(ordering_key),
+        unique_key=None if unique_key is None else tuple(unique_key),
     )
     return [channel_statement(row, names)]
 

@@ -11,6 +11,7 @@ import weakref
 from typing import Any
 
 from pgpubsub_celery.channels.declaration import TRIGGER_FIELDS, Channel, TriggerChannel, check_field_name, path_of
+from pgpubsub_celery.channels.keys import keys_of
 from pgpubsub_celery.channels.tables import captured_columns, declared_defaults, renamed_columns
 from pgpubsub_celery.errors import ChannelError
 from pgpubsub_celery.fieldtypes import codec_of
@@ -41,6 +42,7 @@ def check_declared(cls: type[Channel]) -> None:
         for field in channel_field_names(cls):
             check_field_name(cls, field)  # of a dataclass that is mixed in
         codec_of(cls, path_of(cls))
+    keys_of(cls)
     _checked.add(cls)
 
 

@@ -76,6 +76,13 @@ class Channel:
     """Seconds for a listener to begin or show life before its notification is given to another; None: the setting."""
     database: ClassVar[str | tuple[str, ...]] = DEFAULT_DATABASE
     """Where there are several databases (the setting `databases`): the alias of its own; several; or "*" for all."""
+    ordering_key: ClassVar[str | tuple[Any, ...] | list[Any] | None] = None
+    """Stored notifications that are equal in this field (or these) run one at a time, in the order of their ids."""
+    unique_key: ClassVar[str | tuple[Any, ...] | list[Any] | None] = None
+    """Of waiting notifications that are equal in this field (or these) only the newest is run."""
+    failed_key: ClassVar[Literal["holds", "passes"]] = "holds"
+    """Whether a failed notification holds the later ones of its ordering key, until it is retried or discarded, or
+    lets them pass."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Check what can be seen in the class statement, and register the class."""
@@ -228,6 +235,7 @@ def _check_attributes(cls: type[Channel]) -> None:
         raise ChannelError(
             f'{what}: database = {cls.database!r}: expected the alias of a database, a tuple of several, or "*".'
         )
+    _check_keys(cls)
     if cls.channel_name is not None:
         _check_name(cls.channel_name, f"{what}: channel_name")
     aliases: Any = cls.aliases
@@ -244,6 +252,38 @@ def _check_attributes(cls: type[Channel]) -> None:
             value = getattr(cls, attribute)
             if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
                 raise ChannelError(f"{what}: {attribute} = {value!r}: expected a dictionary by names of columns.")
+
+
+def _check_keys(cls: type[Channel]) -> None:
+    """Refuse what cannot be a key of this channel, whatever its fields are. Those are looked at later, by `keys`."""
+    what = path_of(cls)
+    parts = "a column, several in a tuple" if issubclass(cls, TriggerChannel) else "a field's name, several in a tuple"
+    for attribute in ("ordering_key", "unique_key"):
+        given: Any = getattr(cls, attribute)
+        if given is None:
+            continue
+        several = given if isinstance(given, (tuple, list)) else (given,)
+        if not several or not all(isinstance(one, str) or _is_column(cls, one) for one in several):
+            raise ChannelError(f"{what}: {attribute} = {given!r}: expected {parts}, or None.")
+        if not cls.lock_notifications:
+            raise ChannelError(
+                f"{what}: {attribute} = {given!r} says which stored notifications belong together, but nothing is "
+                f"stored: set lock_notifications = True, or leave {attribute} out."
+            )
+    if cls.failed_key not in ("holds", "passes"):
+        raise ChannelError(f'{what}: failed_key = {cls.failed_key!r}: expected "holds" or "passes".')
+    if cls.ordering_key is None:
+        if cls.failed_key != "holds":
+            raise ChannelError(f'{what}: failed_key = "passes" is said of an ordering_key, and there is none.')
+    elif cls.acknowledge == "published":
+        raise ChannelError(
+            f'{what}: acknowledge = "published" with ordering_key = {cls.ordering_key!r}: once its row is gone, nobody '
+            "knows when a notification is done, and the next may run. Leave one of them out."
+        )
+
+
+def _is_column(cls: type[Channel], given: Any) -> bool:
+    return issubclass(cls, TriggerChannel) and isinstance(getattr(given, "key", None), str)
 
 
 def _check_name(name: Any, what: str) -> None:

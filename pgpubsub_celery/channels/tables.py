@@ -83,7 +83,7 @@ def renamed_columns(cls: type[TriggerChannel[Any]]) -> dict[str, str]:
     Raises:
         ChannelError: a column is unknown.
     """
-    found = _found(cls, table_of(cls), "renamed", cls.renamed.values())
+    found = columns_of(cls, table_of(cls), "renamed", cls.renamed.values())
     return {earlier: str(column.name) for earlier, column in zip(cls.renamed, found, strict=True)}
 
 
@@ -93,7 +93,7 @@ def declared_defaults(cls: type[TriggerChannel[Any]]) -> dict[str, Any]:
     Raises:
         ChannelError: a column is unknown, or not stored.
     """
-    found = _found(cls, table_of(cls), "defaults", cls.defaults)
+    found = columns_of(cls, table_of(cls), "defaults", cls.defaults)
     captured = captured_columns(cls)
     for column in found:
         if column not in captured:
@@ -106,11 +106,15 @@ def declared_defaults(cls: type[TriggerChannel[Any]]) -> dict[str, Any]:
 
 def _columns(cls: type[TriggerChannel[Any]], table: Table, attribute: str) -> list[Column[Any]]:
     """Return the columns that `include` or `exclude` names."""
-    return _found(cls, table, attribute, getattr(cls, attribute))
+    return columns_of(cls, table, attribute, getattr(cls, attribute))
 
 
-def _found(cls: type[TriggerChannel[Any]], table: Table, attribute: str, names: Iterable[Any]) -> list[Column[Any]]:
-    """Return the columns that an attribute names: by their own name, or by that of the model's attribute."""
+def columns_of(cls: type[TriggerChannel[Any]], table: Table, attribute: str, names: Iterable[Any]) -> list[Column[Any]]:
+    """Return the columns that an attribute names: by their own name, or by that of the model's attribute.
+
+    Raises:
+        ChannelError: a column is unknown.
+    """
     mapper = _mapper_of(cls.model)
     by_attribute = {} if mapper is None else {key: c for key, c in mapper.columns.items() if c.table is table}
     by_name = {column.name: column for column in table.columns}

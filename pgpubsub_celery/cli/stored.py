@@ -7,6 +7,7 @@ import datetime
 import json
 import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -58,6 +59,9 @@ def selecting(command: C) -> C:
                 "--older-than", type=Duration(), metavar="DURATION", help="Stored longer ago, e.g. 90s, 2h, 1d."
             ),
             click.option("--error", metavar="TEXT", help="Failed with an error that contains this."),
+            click.option(
+                "--key", "keys", multiple=True, metavar="KEY", help="With this ordering or unique key; repeatable."
+            ),
         )
     ):
         command = option(command)
@@ -214,7 +218,9 @@ def list_stored(ctx: click.Context, /, database_url: str | None, limit: int, as_
     if not rows:
         click.echo(f"No notification is stored that fits.{hint}", err=True)
         return
-    table = new_table("id", "channel", "listener", "operation", "state", "stored", "due or failed", "retries", "error")
+    columns = ["id", "channel", "listener", "operation", "state", "stored", "due or failed", "retries", "error"]
+    have_keys = any(_keys(row) for row in rows)
+    table = new_table(*columns[:4], *(["key"] if have_keys else []), *columns[4:])
     for row in rows:
         first = (row["error"] or "").splitlines()[:1]
         table.add_row(
@@ -222,6 +228,7 @@ def list_stored(ctx: click.Context, /, database_url: str | None, limit: int, as_
             Text(row["channel"]),
             Text(row["listener"] or ""),
             row["operation"],
+            *([Text(_keys(row))] if have_keys else []),
             row["state"],
             _time(row["created_at"]),
             _time(row["failed_at"] or row["available_at"]),
@@ -231,6 +238,13 @@ def list_stored(ctx: click.Context, /, database_url: str | None, limit: int, as_
     console().print(table)
     if total > len(rows):
         click.echo(f"{len(rows)} of {total}: --limit shows more.", err=True)
+
+
+def _keys(row: Mapping[str, Any]) -> str:
+    """Return what a notification is ordered and made unique by."""
+    ordering = row["ordering_key"]
+    own = ordering is not None and ordering.startswith("none:")
+    return ", ".join(dict.fromkeys(key for key in (None if own else ordering, row["unique_key"]) if key is not None))
 
 
 def unknown_names(connection: Connection, schema: str, selection: Selection) -> str:

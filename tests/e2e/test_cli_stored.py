@@ -192,6 +192,26 @@ def test_list_shows_what_fits_all_that_is_given(
     assert [one["id"] for one in told] == [ids[name] for name in expected]
 
 
+def test_list_shows_and_finds_keys_where_there_are_some(folder: Folder, stored: Notifications) -> None:
+    """A column more; what has no value to be ordered by shows nothing."""
+    stored.add(ordering_key="none:8f2b")
+    assert "key" not in done(folder.run("list")).splitlines()[0].split()
+    (ordered,) = stored.add(ordering_key="a-17", unique_key="u-5")
+    (unique,) = stored.add(unique_key="u-5")
+    lines = done(folder.run("list")).splitlines()
+    assert "key" in lines[0].split()
+    assert ["a-17, u-5" in line for line in lines[1:]] == [False, True, False]
+    assert not any("none:" in line for line in lines)
+    for words, expected in (("--key a-17", [ordered]), ("--key u-5", [ordered, unique]), ("--key 17", [])):
+        told = [
+            json.loads(line)
+            for line in folder.run("list", "--json", *words.split()).stdout.splitlines()
+            if line[0] == "{"
+        ]
+        assert [row["id"] for row in told] == expected
+    assert "ordering_key  a-17" in done(folder.run("show", str(ordered)))
+
+
 def test_a_name_that_nobody_knows_is_said(folder: Folder, stored: Notifications) -> None:
     """An empty answer would look like good news."""
     result = folder.run("list", "--channel", "blog.Newz")

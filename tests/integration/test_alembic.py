@@ -62,15 +62,12 @@ def watch(
     return model.metadata
 
 
-def message(name: str = "posted") -> None:
+def message(name: str = "posted", **attributes: Any) -> None:
     """Declare a channel of messages with one listener."""
-
-    @dataclasses.dataclass
-    class Posted(Channel):
-        __qualname__ = name
-        channel_name = name
-        lock_notifications = True
-        number: int = 0
+    namespace = {"__annotations__": {"number": int}, "__module__": __name__, "number": 0, **attributes}
+    Posted: Any = dataclasses.dataclass(  # noqa: N806 - a class
+        type(name, (Channel,), {"channel_name": name, "lock_notifications": True, **namespace})
+    )
 
     register_listener(
         Listener(name=f"{name}.listener", channel=Posted, operations=("message",), fields=(), injected=frozenset())
@@ -81,6 +78,11 @@ def two_listeners() -> MetaData:
     target = watch(table(), "insert")
     register_listener(listener_of(here(), "delete", name="another"))
     return target
+
+
+def with_message(model: Table, **attributes: Any) -> MetaData:
+    message(**attributes)
+    return model.metadata
 
 
 def another_channel(model: Table) -> MetaData:
@@ -128,7 +130,8 @@ def state(engine: Engine, schema: str = "public") -> dict[str, list[Any]]:
         ),
     }
     rows = {
-        "channels": f"SELECT name, aliases, listen_name, stored, table_name FROM {s}.pgpubsub_channel ORDER BY 1",
+        # Keys are there from version 2 on.
+        "channels": f"SELECT name, jsonb_strip_nulls(to_jsonb(c))::text FROM {s}.pgpubsub_channel c ORDER BY 1",
         "subscriptions": (
             "SELECT channel, listener, array(SELECT unnest(operations) ORDER BY 1) "
             f"FROM {s}.pgpubsub_subscription WHERE operations <> '{{}}' ORDER BY 1, 2"
@@ -237,6 +240,21 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
         lambda: watch(table()),
         lambda: watch(table(), lock_notifications=False),
         "alter_pgpubsub_channel('changes', table='author', stored=False)",
+    ),
+    "a channel's changes are ordered": (
+        lambda: watch(table("name")),
+        lambda: watch(table("name"), ordering_key="row", unique_key="name"),
+        "ordering_key=['id'],\n        unique_key=['name'],",
+    ),
+    "a channel's messages are ordered": (
+        lambda: with_message(table()),
+        lambda: with_message(table(), ordering_key="number"),
+        "alter_pgpubsub_channel('posted', ordering_key=['number'])",
+    ),
+    "a channel's messages are ordered no more": (
+        lambda: with_message(table(), ordering_key="number", unique_key="number"),
+        lambda: with_message(table(), unique_key="number"),
+        "alter_pgpubsub_channel('posted', ordering_key=[], unique_key=['number'])",
     ),
     "a channel is of another table": (
         lambda: watch(table()),
@@ -685,6 +703,39 @@ def test_the_next_version_of_our_tables_is_a_migration_that_keeps_rows(
     with engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM pgpubsub_notification")).scalar() == 1
         assert connection.execute(text("SELECT version FROM pgpubsub_installation")).scalar() == version
+
+
+def test_version_1_becomes_the_present_one_by_a_migration_with_keys(
+    environment: Callable[..., Environment], engine: Engine
+) -> None:
+    """What a release of version 1 has made and stored; the way back leaves it as it was, in no order."""
+    message()
+    env = environment(watch(table("name")))
+    env.autogenerate()
+    env.edit(1, (f"op.create_pgpubsub(version={VERSION})", "op.create_pgpubsub(version=1)"))
+    env.upgrade()
+    store = (
+        "INSERT INTO author VALUES (nextval('author_id_seq'), 'Ada')",
+        "SELECT pgpubsub_notify('posted', '{\"number\": 5}')",
+    )
+    execute(engine, *store)
+    was = state(engine)
+    forget()
+    message(ordering_key="number")
+    env.options["target_metadata"] = watch(table("name"), ordering_key="row")
+    written = env.autogenerate()
+    assert f"    op.upgrade_pgpubsub(from_version=1, to_version={VERSION})\n" in written
+    assert "op.alter_pgpubsub_channel('posted', ordering_key=['number'])" in written
+    env.upgrade()
+    assert found(engine) == []
+    execute(engine, *store)
+    with engine.connect() as connection:
+        stored = "SELECT ordering_key FROM pgpubsub_notification ORDER BY id"
+        assert list(connection.execute(text(stored)).scalars()) == [None, None, "2", "5"]
+    env.downgrade()
+    assert state(engine) == was
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM pgpubsub_notification")).scalar() == 4
 
 
 def test_a_migration_that_creates_a_later_version_upgrades_an_older_installation(

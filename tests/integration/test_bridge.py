@@ -47,7 +47,7 @@ class Looking:
 
     @property
     def quota(self) -> int:
-        (pace,) = self.bridge._paces.values()
+        (pace,) = self.bridge._claims.paces.values()
         return pace.quota
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from celery import Celery
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -98,6 +99,84 @@ def test_what_the_first_pages_show_runs(page: str, written: Written, engine: Eng
             deliveries.deliver(message)
     assert rows(engine, "SELECT author_id, content FROM post") == [(1, "Welcome!")]
     assert {row["channel"] for row in deliveries.rows()} == {"pgpubsub.enqueue"}  # a bridge publishes that itself
+
+
+BANK = """
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class Base(DeclarativeBase): ...
+
+
+class Account(Base):
+    __tablename__ = "account"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+
+
+class Product(Base):
+    __tablename__ = "product"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    price: Mapped[int]
+
+
+class Entry(Base):
+    __tablename__ = "entry"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    what: Mapped[str]
+
+
+class Saved(Base):
+    __tablename__ = "saved"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    document: Mapped[int]
+"""
+"""The models of the page about order."""
+
+
+def test_what_the_page_of_order_shows_is_in_order_or_only_the_newest(
+    written: Written, engine: Engine, database_url: str
+) -> None:
+    """Changes of a row and messages of an account one after the other; else the newest alone."""
+    page = DOCS / "ordering.md"
+    written.write({"shop/models.py": BANK, **application(page)})
+    app = Celery("shop", broker="memory://", set_as_current=True)
+    app.conf.pgpubsub_database_url = database_url
+    written.load("shop.listeners")
+    models, channels = written.load("shop.models"), written.load("shop.channels")
+    models.Base.metadata.create_all(engine)
+    install(engine)
+    begin = sessionmaker(engine)
+    with begin.begin() as session:
+        session.add_all(
+            [models.Account(id=1, owner="Ann"), models.Product(id=1, price=5), models.Product(id=2, price=5)]
+        )
+    for number in range(3):
+        with begin.begin() as session:
+            session.get_one(models.Account, 1).owner = f"Ann {number}"
+            session.get_one(models.Product, 1).price = number
+            notify(session, channels.Booked(account=7, amount=number))
+            (snippet,) = [block for block in blocks(page) if block.file is None]
+            exec(
+                compile(snippet.text, str(snippet), "exec"),
+                {"Session": begin, "notify": notify, "Typed": channels.Typed},
+            )
+    deliveries = Deliveries(app, engine)
+    while messages := deliveries.claim():
+        for message in reversed(messages):
+            deliveries.deliver(message)
+    found = [what for (what,) in rows(engine, "SELECT what FROM entry ORDER BY id")]
+    assert [what for what in found if what.startswith("account")] == [
+        f"account 1: Ann{n}" for n in ("", " 0", " 1", " 2")
+    ]
+    assert [what for what in found if what.startswith("7")] == ["7: 0", "7: 1", "7: 2"]
+    assert sorted(what for what in found if what.startswith("product")) == ["product 1", "product 2"]
+    assert rows(engine, "SELECT document FROM saved") == []
+    deliveries.make_due()
+    deliveries.run()
+    assert rows(engine, "SELECT document FROM saved") == [(7,)]
+    assert deliveries.rows() == []
+    app.close()
 
 
 def test_an_order_by_fastapi_and_its_notification_are_one_transaction(

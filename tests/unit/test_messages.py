@@ -53,6 +53,17 @@ def test_nothing_claimed_makes_no_message() -> None:
     assert built([], _1=address("a")) == []
 
 
+def test_rows_of_one_ordering_key_share_a_message_whatever_the_bundle_size() -> None:
+    """They are run one after the other, which two messages could not promise; rows without key fill up the rest."""
+    rows = [row(n, ordering_key=key) for n, key in enumerate(("a", "b", "a", None, "c", "a", "b"), 1)]
+    assert built(rows, _1=address("a", bundle=2)) == [
+        ("a.task", (1, 3, 6), 1),
+        ("a.task", (2, 7), 1),
+        ("a.task", (4, 5), 1),
+    ]
+    assert built(rows, _1=address("a", bundle=10)) == [("a.task", (1, 2, 3, 4, 5, 6, 7), 1)]
+
+
 def test_each_row_travels_alone_by_default() -> None:
     """One crash must not repeat others' side effects."""
     assert built([row(1), row(2)], _1=address("a")) == [("a.task", (1,), 1), ("a.task", (2,), 1)]
