@@ -95,6 +95,18 @@ class Settings:
     """Seconds that a stopping bridge may take to finish its batch."""
     publish_timeout: float = 10.0
     """Seconds to wait for the broker to confirm a message; after that it counts as not published."""
+    health_port: int | None = None
+    """Port of `listen` for `/livez`, `/readyz` and `/metrics`; 0 is any that is free. None serves nothing."""
+    health_host: str = ""
+    """Address of that port, and of a worker's metrics; empty for all, which Kubernetes' probes need."""
+    health_file: str | None = None
+    """File that `listen` renews every few seconds while its processes live, for probes without a port."""
+    health_timeout: float = 60.0
+    """Seconds that a bridge may be late with its next look before it counts as one that hangs."""
+    worker_metrics_port: int | None = None
+    """Port of a worker for `/metrics`, served by its main process for all its children."""
+    worker_logformat: str | None = None
+    """What a worker's log lines look like: a `%` format, or `json`; None leaves that to Celery."""
 
     def __post_init__(self) -> None:
         for name in ("database_url", "listen_url"):
@@ -103,6 +115,10 @@ class Settings:
                 sync_url(value, setting=name)
         for name in ("poll_interval", "lease", "lease_max", "heartbeat_interval", "bundle_target", "publish_timeout"):
             self._number(name, above=0)
+        self._number("health_timeout", above=0)
+        for name in ("health_port", "worker_metrics_port"):
+            if getattr(self, name) is not None:
+                self._number(name, least=0, whole=True)
         self._number("drain_timeout", least=0)
         for name in ("batch_size", "max_in_flight", "max_starts", "bundle_max"):
             self._number(name, least=1, whole=True)
