@@ -18,9 +18,9 @@ from pgpubsub_celery.settings import Settings
 logger = logging.getLogger(__name__)
 
 
-def _on_worker_init(sender: Any = None, **_: Any) -> None:
-    """Before the pool's children are there, which inherit what is set up here."""
-    settings = _settings(getattr(sender, "app", None))
+def _on_setup(instance: Any = None, **_: Any) -> None:
+    """Logging is configured, and the pool's children are not there yet: they inherit what is set up here."""
+    settings = _settings(getattr(instance, "app", None))
     if settings is not None and settings.worker_metrics_port is not None:
         metrics.start(settings.health_host, settings.worker_metrics_port)
 
@@ -45,6 +45,6 @@ def _settings(app: Any) -> Settings | None:
 
 def prepare() -> None:
     """Have workers of this process do so; repeating is harmless."""
-    signals.worker_init.connect(_on_worker_init, weak=False)
+    signals.celeryd_after_setup.connect(_on_setup, weak=False)
     signals.after_setup_logger.connect(_on_logger, weak=False)
     signals.after_setup_task_logger.connect(_on_logger, weak=False)

@@ -130,11 +130,12 @@ def install_worker_metrics(app: Celery, *, port: int | None = None, host: str = 
     if port is None and registry is None:
         raise SettingsError("install_worker_metrics(): pass port, or registry, or nobody can see what is counted.")
 
-    def begin(sender: Any = None, **_: Any) -> None:
-        if getattr(sender, "app", app) is app:
+    def begin(instance: Any = None, **_: Any) -> None:
+        # After logging is configured, and before there are children.
+        if getattr(instance, "app", app) is app:
             start(host, port, registry)
 
-    celery_signals.worker_init.connect(begin, weak=False)
+    celery_signals.celeryd_after_setup.connect(begin, weak=False)
 
 
 def install_writer_metrics(registry: Any = None) -> None:

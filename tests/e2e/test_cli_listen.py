@@ -15,7 +15,7 @@ from pgpubsub_celery.cli.listening import normalise
 from tests.fixtures.commands import CELERY, Folder, done, refused, started
 from tests.fixtures.processes import Running
 
-COMMANDS = [
+COMMANDS = "demo dev discard health install list listen retry show status triggers uninstall".split()  # noqa: SIM905
     "demo",
     "dev",
     "discard",
