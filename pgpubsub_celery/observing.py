@@ -2,6 +2,7 @@
 
 Owns the two ends of health and metrics in `listen`: `observed`, around the bridge in each process, and `watching`, for
 the process above them. With neither port nor file asked for there is nothing of it: no receiver, no thread, no signal.
+Nor is there of traces, where the application has set no tracer provider.
 """
 
 from __future__ import annotations
@@ -9,22 +10,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from pgpubsub_celery import metrics
+from pgpubsub_celery import metrics, tracing
 from pgpubsub_celery.beats import Beats
 from pgpubsub_celery.gauges import Reader
 from pgpubsub_celery.settings import Settings
+from pgpubsub_celery.spans import DispatchSpans
 from pgpubsub_celery.supervisor import Control, Page, State, Watching
 
 
 @contextlib.contextmanager
 def observed(control: Control, settings: Settings) -> Iterator[None]:
     """Tell the supervisor, within the block, that the bridge lives and what it does."""
-    if not control.watched:
-        yield
-        return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(Beats(control, settings))
-        if settings.health_port is not None and metrics.available():
+        tracer = tracing.tracer()
+        if tracer is not None:
+            stack.enter_context(DispatchSpans(tracer, settings.schema))
+        if control.watched:
+            stack.enter_context(Beats(control, settings))
+        if control.watched and settings.health_port is not None and metrics.available():
             tally = metrics.Tally(metrics.LAGS)
 
             def flush() -> None:

@@ -20,7 +20,7 @@ from sqlalchemy import Engine, text
 from tests.fixtures.commands import done
 from tests.fixtures.processes import Running, Shop, eventually
 
-QUICK = {"PGPUBSUB_POLL_INTERVAL": "0.5", "PGPUBSUB_HEALTH_TIMEOUT": "1.5"}
+QUICK: dict[str, Any] = {"PGPUBSUB_POLL_INTERVAL": "0.5", "PGPUBSUB_HEALTH_TIMEOUT": "1.5"}
 
 
 def port_of(bridge: Running) -> int:

@@ -6,7 +6,7 @@ import json
 import re
 import signal
 import urllib.request
-from collections import Counter
+from collections import defaultdict
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -29,12 +29,12 @@ def port_of(process: Running, what: str) -> int:
     return int(found[1])
 
 
-def scraped(port: int, listener: str | None = None) -> Counter[str]:
+def scraped(port: int, listener: str | None = None) -> dict[str, float]:
     """Return the samples of a page, added up over labels; of one listener, where it is named."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as response:
         assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         page = response.read().decode()
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families(page):
         for sample in family.samples:
             if listener in (None, sample.labels.get("listener")) and not sample.name.endswith("_bucket"):
@@ -86,6 +86,13 @@ def test_what_was_emitted_is_acknowledged_failed_discarded_or_stored(
     assert of_bridge["pgpubsub_wakeups_total"] >= 1
 
 
+def kill_child(process: Running) -> None:
+    """Kill the one child that it has, and wait until it has another."""
+    (child,) = process.children()
+    child.send_signal(signal.SIGKILL)
+    eventually(lambda: [one.pid for one in process.children()] not in ([], [child.pid]), "replaced")
+
+
 def test_no_counter_goes_down_when_a_process_is_killed(shop: Shop, database: Engine) -> None:
     """Of the bridge and of the worker: who was killed had handed on what it had counted, and its successor goes on."""
     worker = shop.worker("--pool=prefork", "--concurrency=1", PGPUBSUB_WORKER_METRICS_PORT="0")
@@ -105,11 +112,7 @@ def test_no_counter_goes_down_when_a_process_is_killed(shop: Shop, database: Eng
     emit(range(10))
     eventually(lambda: finished(10), "ten are done")
     for process in (bridge, worker):
-        (child,) = process.children()
-        child.send_signal(signal.SIGKILL)
-        eventually(
-            lambda process=process, pid=child.pid: [c.pid for c in process.children()] not in ([], [pid]), "replaced"
-        )
+        kill_child(process)
     bridge.wait_for("listening to", count=2)
     assert scraped(serving)["pgpubsub_notifications_published_total"] == 10
     assert scraped(working)["pgpubsub_notifications_acknowledged_total"] == 10

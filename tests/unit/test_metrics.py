@@ -80,7 +80,8 @@ def test_tallies_of_several_processes_add_up() -> None:
             total.merge(piece)
     assert total.counts() == [("claimed", ("a", "b"), 3)]
     ((name, labels, buckets, seconds),) = total.lags()
-    assert (name, labels, seconds) == ("lag", ("a",), pytest.approx(2 * 10_007.001))
+    assert (name, labels) == ("lag", ("a",))
+    assert seconds == pytest.approx(2 * 10_007.001)
     assert [(bound, number) for bound, number in zip((*LAGS, None), buckets, strict=True) if number] == [
         (0.005, 4),
         (10.0, 2),
