@@ -224,7 +224,7 @@ def _tables(report: Report, found: list[Trouble]) -> Lines:
 
 def _notifications(report: Report) -> Any:
     table = new_table("channel", "listener", title="Notifications")
-    for name in ("waiting", "oldest", "delayed", "in flight", "held", "failed", "mean run", "doorbell"):
+    for name in ("waiting", "oldest", "delayed", "in flight", "held", "failed", "mean run", "doorbell lag"):
         table.add_column(name, justify="right")
     table.add_column("versions")
     for one in report.listeners:

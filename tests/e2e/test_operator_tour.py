@@ -15,7 +15,7 @@ from tests.fixtures import shop as app
 from tests.fixtures.commands import done
 from tests.fixtures.processes import APP, DEADLINE, Shop, eventually
 
-QUICK = {"PGPUBSUB_LEASE": "3", "PGPUBSUB_HEARTBEAT_INTERVAL": "1"}
+QUICK: dict[str, Any] = {"PGPUBSUB_LEASE": "3", "PGPUBSUB_HEARTBEAT_INTERVAL": "1"}
 """So that a run which hangs shows within seconds."""
 
 
