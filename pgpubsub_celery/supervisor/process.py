@@ -121,7 +121,7 @@ class Control:
         Cheap, and never waits. Whoever misses the next beat takes this process for one that hangs.
         """
         now = time.monotonic()
-        news = ready is not self._serves or within > self._within or now - self._beat_at >= BEAT_SECONDS
+        news = (ready, within) != (self._serves, self._within) or now - self._beat_at >= BEAT_SECONDS
         if self._offer is not None and news and self._offer(BEAT + f"{within:.3f} {ready:d}".encode()):
             self._beat_at, self._within, self._serves = now, within, ready
 

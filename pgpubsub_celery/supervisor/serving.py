@@ -9,6 +9,7 @@ this very loop answers says that the loop turns.
 from __future__ import annotations
 
 import contextlib
+import logging
 import selectors
 import socket
 import time
@@ -18,13 +19,25 @@ from typing import Any
 
 from pgpubsub_celery.errors import SettingsError
 
+logger = logging.getLogger("pgpubsub_celery.supervisor")
+
 VISITORS = 64
 """At once, at most; others wait in the kernel's queue."""
 REQUEST_BYTES = 8192
 SECONDS = 10.0
 """How long a visitor may take for request and answer together."""
+PAUSE_SECONDS = 1.0
+"""How long nobody is let in when there was no descriptor to be had for the last one."""
 
-_REASONS = {200: "OK", 404: "Not Found", 405: "Method Not Allowed", 431: "Request Header Fields Too Large"}
+_REASONS = {
+    200: "OK",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    503: "Service Unavailable",
+}
 
 
 @dataclass(frozen=True)
@@ -69,9 +82,10 @@ class Server:
         """
         self._pages = pages
         self._visitors: dict[socket.socket, _Visitor] = {}
+        self._closed_until = 0.0
         try:
             self._socket = _listen(host, port)
-        except (OSError, OverflowError) as exc:
+        except OSError as exc:
             raise SettingsError(
                 f"Nothing can be served on port {port} of {host or 'all addresses'} ({exc}): choose another port, or "
                 "end what uses it."
@@ -91,7 +105,8 @@ class Server:
     def readers(self) -> list[socket.socket]:
         """Return what to wait for, to be read."""
         waiting = [one.connection for one in self._visitors.values() if not one.to_send]
-        return waiting if len(self._visitors) >= VISITORS else [self._socket, *waiting]
+        full = len(self._visitors) >= VISITORS or time.monotonic() < self._closed_until
+        return waiting if full else [self._socket, *waiting]
 
     def writers(self) -> list[socket.socket]:
         """Return what to wait for, to be written."""
@@ -99,7 +114,10 @@ class Server:
 
     def due(self) -> float | None:
         """Return when `serve` is to be called though nothing is ready, in monotonic time."""
-        return min((one.leaves_at for one in self._visitors.values()), default=None)
+        dues = [one.leaves_at for one in self._visitors.values()]
+        if time.monotonic() < self._closed_until:
+            dues.append(self._closed_until)
+        return min(dues, default=None)
 
     def serve(self, ready: Collection[Any]) -> None:
         """Deal with those that are ready, and with those that have taken too long."""
@@ -122,7 +140,12 @@ class Server:
         while len(self._visitors) < VISITORS:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:  # nobody is left, or has gone again, or there is no descriptor to be had for now
+            except (BlockingIOError, ConnectionError):  # nobody is left, or has gone again
+                return
+            except OSError as exc:
+                # Whoever waits stays in the queue, and would be ready again at once.
+                logger.warning("nobody can be let in for now: %s", exc)
+                self._closed_until = time.monotonic() + PAUSE_SECONDS
                 return
             connection.setblocking(False)
             self._visitors[connection] = _Visitor(connection)
@@ -159,7 +182,15 @@ class Server:
         if method not in ("GET", "HEAD"):
             return _encode(Page("GET, or HEAD\n", 405), with_body=True)
         make = self._pages.get(path)
-        page = Page("there is " + ", ".join(sorted(self._pages)) + "\n", 404) if make is None else make()
+        if make is None:
+            page = Page("there is " + ", ".join(sorted(self._pages)) + "\n", 404)
+        else:
+            try:
+                page = make()
+            except Exception:
+                # This loop has more to do than to answer.
+                logger.exception("failed to make the page %s", path)
+                page = Page("failed; the log says why\n", 500)
         return _encode(page, with_body=method == "GET")
 
     def _dismiss(self, visitor: _Visitor) -> None:
@@ -170,6 +201,8 @@ class Server:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65_535:
+        raise OSError("there are ports up to 65535")
     if not host:
         if socket.has_dualstack_ipv6():
             with contextlib.suppress(OSError):
@@ -181,9 +214,8 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _encode(page: Page, *, with_body: bool) -> bytes:
     body = page.body.encode()
-    reason = _REASONS.get(page.status, "Service Unavailable")
     head = (
-        f"HTTP/1.1 {page.status} {reason}\r\nContent-Type: {page.content_type}\r\nContent-Length: {len(body)}\r\n"
-        "Cache-Control: no-store\r\nConnection: close\r\n\r\n"
+        f"HTTP/1.1 {page.status} {_REASONS[page.status]}\r\nContent-Type: {page.content_type}\r\n"
+        f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n"
     )
     return head.encode("latin-1") + (body if with_body else b"")
