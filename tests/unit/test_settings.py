@@ -42,6 +42,12 @@ def test_without_any_source_the_documented_defaults_hold() -> None:
         "bundle_max": 200,
         "task_options": {},
         "failed_retention": None,
+        "health_port": None,
+        "health_host": "",
+        "health_file": None,
+        "health_timeout": 60,
+        "worker_metrics_port": None,
+        "worker_logformat": None,
     }
     assert {name: getattr(settings, name) for name in documented} == documented
 
