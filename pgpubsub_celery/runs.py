@@ -143,7 +143,8 @@ class Run:
         attributes |= {"pgpubsub.task_id": self.task_id, "pgpubsub.retries": taken.retries}
         if len(self.rows) > 1:
             attributes["messaging.batch.message_count"] = len(self.rows)
-        return Told(f"process {taken.channel}", attributes, [row.context for row in self.rows if row is not taken])
+        others = [row.context for row in self.rows if row is not taken]
+        return Told(f"process {taken.channel}", attributes, others, one_line)
 
     @property
     def told(self) -> str | None:

@@ -180,7 +180,9 @@ class Settings:
                 values[name] = value
         for name in names:
             text = environ.get(ENVIRONMENT_PREFIX + name.upper())
-            if text is not None and text != "":
+            # Of a service that is called pgpubsub-health, Kubernetes says PGPUBSUB_HEALTH_PORT=tcp://…
+            of_service = name.endswith("_port") and (text or "").startswith(("tcp://", "udp://"))
+            if text is not None and text != "" and not of_service:
                 values[name] = _from_text(cls, name, text)
         for name, value in options.items():
             if name not in names:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import TaskPredicate
-from sqlalchemy.exc import StatementError
 
 if TYPE_CHECKING:
-    from opentelemetry.trace import Tracer
+    from opentelemetry.trace import Span, Tracer
 
 TRACEPARENT = "traceparent"
 """The W3C's name for which span of which trace caused something."""
@@ -35,6 +35,8 @@ class Told:
     attributes: Mapping[str, Any]
     links: Sequence[Mapping[str, Any] | None] = ()
     """Contexts of other notifications that it is of."""
+    error: Callable[[BaseException], str] = repr
+    """Returns what may be told of an error, in one line."""
 
 
 def tracer() -> Tracer | None:
@@ -74,8 +76,15 @@ def emitting(caller: str, channels: Callable[[], Collection[str]], count: int) -
         attributes["messaging.batch.message_count"] = count
     destination = attributes.get("messaging.destination.name")
     name = f"send {destination}" if destination else "send"
-    with ours.start_as_current_span(name, kind=SpanKind.PRODUCER, attributes=attributes):
-        yield
+    # What is raised here is told by its type alone: the database's error would quote what was to be emitted.
+    with ours.start_as_current_span(
+        name, kind=SpanKind.PRODUCER, attributes=attributes, record_exception=False, set_status_on_exception=False
+    ) as span:
+        try:
+            yield
+        except BaseException as exc:
+            _failed(span, exc)
+            raise
 
 
 @contextlib.contextmanager
@@ -120,7 +129,7 @@ def of_notification(operation: str, channel: str, listener: str, id: int | None)
 
 @contextlib.contextmanager
 def _consuming(ours: Tracer, told: Told) -> Iterator[None]:
-    from opentelemetry.trace import Link, SpanKind, Status, StatusCode, get_current_span
+    from opentelemetry.trace import Link, SpanKind, get_current_span
 
     spans = (get_current_span(found).get_span_context() for found in map(extracted, told.links) if found is not None)
     links = [Link(one) for one in spans]
@@ -138,12 +147,24 @@ def _consuming(ours: Tracer, told: Told) -> Iterator[None]:
             span.set_attribute("pgpubsub.ended_by", type(exc).__name__)
             raise
         except BaseException as exc:
-            if isinstance(exc, StatementError):
-                exc.hide_parameters = True
-            span.set_attribute("error.type", type(exc).__qualname__)
-            span.record_exception(exc)
-            span.set_status(Status(StatusCode.ERROR, type(exc).__qualname__))
+            # Not by record_exception, whose traceback has the messages of all causes: a database's may quote values.
+            span.add_event(
+                "exception",
+                {
+                    "exception.type": type(exc).__qualname__,
+                    "exception.message": told.error(exc),
+                    "exception.stacktrace": "".join(traceback.format_tb(exc.__traceback__)),
+                },
+            )
+            _failed(span, exc)
             raise
+
+
+def _failed(span: Span, error: BaseException) -> None:
+    from opentelemetry.trace import Status, StatusCode
+
+    span.set_attribute("error.type", type(error).__qualname__)
+    span.set_status(Status(StatusCode.ERROR, type(error).__qualname__))
 
 
 def _of(operation: str, kind: str, channel: str | None) -> dict[str, Any]:

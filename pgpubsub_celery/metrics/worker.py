@@ -34,12 +34,15 @@ class WorkerMetrics:
     def __init__(self) -> None:
         self.tally = Tally(table.LAGS)
         """The sum. Written and read in the main process only."""
-        self._pending = Tally(table.LAGS)  # of this process: what is still to be handed on
+        self.pending = Tally(table.LAGS)
+        """What this process has counted and not handed on yet."""
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
         os.set_blocking(self._writer, False)
         self._rest = b""
-        self._meter = Meter(self._pending, self._hand_on, always=True)
+        self._thread: threading.Thread | None = None
+        self._stopping = False  # written by whoever stops it
+        self._meter = Meter(self.pending, self.hand_on, always=True)
         self.server: Server | None = None
 
     def start(self, host: str, port: int | None) -> None:
@@ -50,11 +53,27 @@ class WorkerMetrics:
             logger.info("metrics on port %d: /metrics", self.server.port)
         self._meter.connect()
         os.register_at_fork(after_in_child=self._forked)
-        threading.Thread(target=self._run, name="pgpubsub-metrics", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="pgpubsub-metrics", daemon=True)
+        self._thread.start()
 
-    def _hand_on(self) -> None:
-        """In the main process (pools without children, and what it settles for lost ones) as in a child."""
-        taken = self._pending.take()
+    def stop(self) -> None:
+        """Count no more, and serve nothing."""
+        self._meter.disconnect()
+        self._stopping = True
+        os.write(self._writer, b"\n")
+        if self._thread is not None:
+            self._thread.join()
+        os.close(self._writer)
+        os.close(self._reader)
+        if self.server is not None:
+            self.server.close()
+
+    def hand_on(self) -> None:
+        """Let the main process have what this one has counted.
+
+        That may be the same: of pools without children, and for what it settles of those that were lost.
+        """
+        taken = self.pending.take()
         if taken is None:
             return
         for piece in pieces(taken, PIECE):
@@ -62,18 +81,20 @@ class WorkerMetrics:
                 os.write(self._writer, piece + b"\n")
             except OSError:
                 # Full, or nobody is left to read: with the next.
-                self._pending.merge(piece)
+                self.pending.merge(piece)
 
     def _forked(self) -> None:
         """In a child: what is its parent's to read, to serve and to hand on is left to it."""
-        self._pending.clear()
+        if self._stopping:
+            return
+        self.pending.clear()
         os.close(self._reader)
         for open_socket in self.server.sockets if self.server else ():
             open_socket.close()
 
     def _run(self) -> None:
         server = self.server
-        while True:
+        while not self._stopping:
             try:
                 readers = [self._reader, *(server.readers() if server else ())]
                 ready = wait(readers, server.writers() if server else (), 5.0)
@@ -86,7 +107,7 @@ class WorkerMetrics:
 
     def _read(self) -> None:
         *lines, self._rest = (self._rest + os.read(self._reader, 1 << 16)).split(b"\n")
-        for line in lines:
+        for line in filter(None, lines):
             self.tally.merge(line)
 
 

@@ -17,6 +17,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
 from sqlalchemy import Engine, text
+from sqlalchemy import text as sql
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from pgpubsub_celery import (
@@ -32,6 +34,7 @@ from pgpubsub_celery import (
 from pgpubsub_celery.bridge import Bridge
 from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.dispatch import Dispatcher
+from pgpubsub_celery.errors import NotInstalledError
 from pgpubsub_celery.migrations import register_subscriptions
 from pgpubsub_celery.observing import observed
 from pgpubsub_celery.settings import Settings, sync_url
@@ -262,6 +265,39 @@ def test_a_list_of_notifications_is_one_span_with_links_to_all(
     assert len(sent) == 3
     assert {trace_of(ran), *(link.context.trace_id for link in ran.links)} == sent
     assert dict(ran.attributes or {})["messaging.batch.message_count"] == 3
+
+
+def test_no_span_tells_what_a_statement_was_given(
+    app: Celery, installed_engine: Engine, registry: None, exporter: InMemorySpanExporter
+) -> None:
+    """Neither a writer's nor a listener's error quotes its parameters there, nor does what has caused it."""
+
+    @dataclasses.dataclass
+    class Quoted(Channel):
+        lock_notifications = True
+        text: str
+
+    @channel_task(Quoted, app=app, name="tracing.quoted")
+    def quoted(text: str, session: Session) -> None:
+        try:
+            session.execute(sql("SELECT CAST(:value AS text) / 0"), {"value": text})
+        except DBAPIError as exc:
+            raise ValueError("nothing works") from exc
+
+    install(installed_engine, channels=[Quoted])
+    with Session(installed_engine) as session, session.begin():
+        notify(session, Quoted(text="s3cret"))
+    Deliveries(app, installed_engine).run_until_idle()
+    with installed_engine.begin() as connection:
+        connection.execute(sql("DROP TABLE pgpubsub_notification"))
+    with Session(installed_engine) as session, pytest.raises(NotInstalledError):
+        notify(session, Quoted(text="s3cret"))
+    sent, ran, refused = exporter.get_finished_spans()
+    assert [span.status.is_ok for span in (sent, ran, refused)] == [True, False, False]
+    (event,) = ran.events
+    assert "nothing works" in str(event.attributes)
+    assert "in quoted" in str(event.attributes)
+    assert "s3cret" not in "".join(span.to_json() for span in (sent, ran, refused))
 
 
 def test_an_enqueued_task_has_a_producer_s_span(
