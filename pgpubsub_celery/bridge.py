@@ -31,6 +31,7 @@ from pgpubsub_celery.errors import ConnectionLostError, NotInstalledError, PgPub
 from pgpubsub_celery.keyed import KeyedClaim
 from pgpubsub_celery.listeners import Listener, registered_listeners
 from pgpubsub_celery.logs import configure_logging
+from pgpubsub_celery.observing import observed
 from pgpubsub_celery.pacing import Backoff
 from pgpubsub_celery.runs import one_line
 from pgpubsub_celery.schema import VERSION
@@ -104,7 +105,8 @@ def run(control: Control, options: ListenOptions) -> None:
     settings = Settings.load(app.conf, **options.settings)
     control.replacement = control.replacement or options.resume
     channels = select_channels(options.channels, settings.database)
-    Bridge(app, settings, channels, control, recover=options.recover).run()
+    with observed(control, settings):
+        Bridge(app, settings, channels, control, recover=options.recover).run()
 
 
 class Bridge:
@@ -144,7 +146,7 @@ class Bridge:
         # Who gives a URL to listen at does so because the other goes through a pooler.
         pooled = self._settings.listen_url is not None
         listen_url = url if self._settings.listen_url is None else sync_url(self._settings.listen_url)
-        engine, listen_engine = bridge_engine(url), bridge_engine(listen_url)
+        engine, listen_engine = bridge_engine(url), bridge_engine(listen_url, names_itself=True)
         try:
             while not self._control.stopping.is_set():
                 try:

@@ -46,7 +46,7 @@ from pgpubsub_celery.scopes import (
 )
 from pgpubsub_celery.settings import DEFAULT_DATABASE, Settings
 from pgpubsub_celery.signatures import Prepared, load_signature, publish_signature
-from pgpubsub_celery.tracing import with_trace
+from pgpubsub_celery.tracing import emitting, with_trace
 
 __all__ = [
     "ENQUEUE_LISTENER",
@@ -174,13 +174,14 @@ def enqueue(
     if due == (None, None):
         own = prepared.due
         due = (own, None) if isinstance(own, datetime.datetime) else _due("enqueue", None, own)
-    _send(
-        connection_of(bind, "enqueue", bind_arguments),
-        "enqueue",
-        [_Group(EnqueuedTask, [encode_json(prepared.payload(), "enqueue(): the signature")])],
-        due,
-        encode_context(_plain(context), "enqueue"),
-    )
+    with emitting("enqueue", lambda: (EnqueuedTask.name(),), 1):
+        _send(
+            connection_of(bind, "enqueue", bind_arguments),
+            "enqueue",
+            [_Group(EnqueuedTask, [encode_json(prepared.payload(), "enqueue(): the signature")])],
+            due,
+            encode_context(_plain(context), "enqueue"),
+        )
     announcements.emitted((EnqueuedTask,))
     return prepared.result
 
@@ -252,7 +253,12 @@ class _Group:
     payloads: list[str]
 
 
-def _emit(
+def _emit(bind: Any, caller: str, messages: list[Channel], *options: Any) -> int:
+    with emitting(caller, lambda: {type(message).name() for message in messages}, len(messages)):
+        return _emit_all(bind, caller, messages, *options)
+
+
+def _emit_all(
     bind: Any,
     caller: str,
     messages: list[Channel],

@@ -1,7 +1,8 @@
 """What a listening process prints: one line for each record, in a `%` format or as JSON.
 
 Owns the configuration of logging for processes of ours (bridges, supervisors), never for a user's: a worker's logging
-is Celery's. No payload, password or whole URL ever gets into a record of ours; see who logs.
+is Celery's, which takes our formats where it is asked to (`worker_logformat`). No payload, password or whole URL ever
+gets into a record of ours; see who logs.
 """
 
 from __future__ import annotations
@@ -60,6 +61,13 @@ def configure_logging(loglevel: str, logformat: str | None) -> None:
     # Their debug records hold statements, parameters and messages.
     for name in ("sqlalchemy.engine", "kombu", "amqp"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+
+
+def set_format(logger: logging.Logger, logformat: str) -> None:
+    """Have a logger's handlers write in a `%` format or as JSON; for those whose logging others have configured."""
+    formatter = make_formatter(logformat)
+    for handler in logger.handlers:
+        handler.setFormatter(formatter)
 
 
 _ids: list[Callable[[], Mapping[str, Any]]] = []

@@ -24,7 +24,7 @@ from pgpubsub_celery.binds import run_in
 from pgpubsub_celery.errors import BindError, ListenerError
 from pgpubsub_celery.listeners import Listener
 from pgpubsub_celery.store import Taken
-from pgpubsub_celery.tracing import continued
+from pgpubsub_celery.tracing import Told, continued, of_notification
 
 if TYPE_CHECKING:
     from pgpubsub_celery.tasks import ListenerTask
@@ -147,6 +147,16 @@ class Run:
             return {**of, "notification_ids": self.ids}
         return {**of, "notification_id": id or self.taken.id or None}
 
+    def _span(self) -> Told:
+        """Return what its span in a trace says."""
+        taken = self.taken
+        attributes = of_notification("process", taken.channel, self.listener.name, taken.id)
+        attributes |= {"pgpubsub.task_id": self.task_id, "pgpubsub.retries": taken.retries}
+        if len(self.rows) > 1:
+            attributes["messaging.batch.message_count"] = len(self.rows)
+        others = [row.context for row in self.rows if row is not taken]
+        return Told(f"process {taken.channel}", attributes, others, one_line)
+
     @property
     def told(self) -> str | None:
         """What went wrong, in one line, where something did."""
@@ -193,7 +203,7 @@ class Run:
         try:
             if self.undecodable is not None:
                 raise self.undecodable
-            with continued(self.taken.context):
+            with continued(self.taken.context, self._span):
                 result = self._invoke(call, kwargs)
         except Retry as exc:
             self._note(RETRY, exc)

@@ -137,9 +137,9 @@ class Runtime:
     @classmethod
     @contextlib.contextmanager
     def replaced(cls, app: Celery, runtime: Runtime) -> Iterator[None]:
-        """Let `of` return another runtime for `app` within the block, in all threads of this process."""
+        """Let `of` return another runtime for `app` within the block, in all threads, whatever the database."""
         before = _runtimes.get(app)
-        _runtimes[app] = (os.getpid(), runtime)
+        _runtimes[app] = (os.getpid(), dict.fromkeys(runtime.settings.aliases, runtime))
         try:
             yield
         finally:

@@ -109,6 +109,18 @@ class Settings:
     """Seconds that a stopping bridge may take to finish its batch."""
     publish_timeout: float = 10.0
     """Seconds to wait for the broker to confirm a message; after that it counts as not published."""
+    health_port: int | None = None
+    """Port of `listen` for `/livez`, `/readyz` and `/metrics`; 0 is any that is free. None serves nothing."""
+    health_host: str = ""
+    """Address of that port, and of a worker's metrics; empty for all, which Kubernetes' probes need."""
+    health_file: str | None = None
+    """File that `listen` renews every few seconds while its processes live, for probes without a port."""
+    health_timeout: float = 60.0
+    """Seconds that a bridge may be late with its next look before it counts as one that hangs."""
+    worker_metrics_port: int | None = None
+    """Port of a worker for `/metrics`, served by its main process for all its children."""
+    worker_logformat: str | None = None
+    """What a worker's log lines look like: a `%` format, or `json`; None leaves that to Celery."""
 
     def __post_init__(self) -> None:
         for name in ("database_url", "listen_url"):
@@ -117,11 +129,25 @@ class Settings:
                 sync_url(value, setting=name)
         for name in ("poll_interval", "lease", "lease_max", "heartbeat_interval", "bundle_target", "publish_timeout"):
             self._number(name, above=0)
+        self._number("health_timeout", above=0)
+        for name in ("health_port", "worker_metrics_port"):
+            if getattr(self, name) is not None:
+                self._number(name, least=0, whole=True)
         self._number("drain_timeout", least=0)
         for name in ("batch_size", "max_in_flight", "max_starts", "bundle_max"):
             self._number(name, least=1, whole=True)
         if self.failed_retention is not None:
             self._number("failed_retention", above=0)
+        self._check_leases()
+        if not isinstance(self.schema, str) or not self.schema or len(self.schema.encode()) > 63:
+            raise SettingsError(f"schema is {self.schema!r}: expected a schema name of 1 to 63 bytes.")
+        if not isinstance(self.task_options, Mapping):
+            raise SettingsError(f"task_options is {self.task_options!r}: expected a dict of Celery task options.")
+        _check_databases(self.databases)
+        if self.database != DEFAULT_DATABASE and self.database not in self.databases:
+            raise _unknown_database(self.database, self.databases)
+
+    def _check_leases(self) -> None:
         if self.lease_max < self.lease:
             raise SettingsError(
                 f"lease_max is {self.lease_max:g} s, less than lease ({self.lease:g} s): raise lease_max."
@@ -131,13 +157,6 @@ class Settings:
                 f"heartbeat_interval is {self.heartbeat_interval:g} s: with a lease of {self.lease:g} s it must be "
                 f"at most {self.lease / 2:g} s, so that one missed beat does not lose the lease."
             )
-        if not isinstance(self.schema, str) or not self.schema or len(self.schema.encode()) > 63:
-            raise SettingsError(f"schema is {self.schema!r}: expected a schema name of 1 to 63 bytes.")
-        if not isinstance(self.task_options, Mapping):
-            raise SettingsError(f"task_options is {self.task_options!r}: expected a dict of Celery task options.")
-        _check_databases(self.databases)
-        if self.database != DEFAULT_DATABASE and self.database not in self.databases:
-            raise _unknown_database(self.database, self.databases)
 
     def _number(
         self, name: str, *, above: float | None = None, least: float | None = None, whole: bool = False
@@ -187,7 +206,9 @@ class Settings:
         if alias != DEFAULT_DATABASE:
             texts |= {name: environ.get(variable(name, alias)) or None for name in OF_DATABASE}
         for name, text in texts.items():
-            if text is not None:
+            # Of a service that is called pgpubsub-health, Kubernetes says PGPUBSUB_HEALTH_PORT=tcp://…
+            of_service = name.endswith("_port") and (text or "").startswith(("tcp://", "udp://"))
+            if text is not None and not of_service:
                 values[name] = _from_text(cls, name, text)
         for name, value in options.items():
             if name not in names:

@@ -15,7 +15,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, cast
 from celery import Celery, Task, _state, signals
 from celery.local import Proxy
 
-from pgpubsub_celery import coroutines
+from pgpubsub_celery import coroutines, workers
 from pgpubsub_celery.channels import EVERY_DATABASE, Channel, TriggerChannel, check_declared, databases_of
 from pgpubsub_celery.delivery import deliver, own_session
 from pgpubsub_celery.errors import ListenerError
@@ -141,6 +141,7 @@ def _on_unknown(sender: Any = None, message: Any = None, **_: Any) -> None:
 
 
 signals.task_unknown.connect(_on_unknown, weak=False)
+workers.prepare()
 
 
 @contextlib.contextmanager

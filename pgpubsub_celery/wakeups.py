@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
@@ -30,13 +32,21 @@ from pgpubsub_celery.schema import Names, quote_identifier
 logger = logging.getLogger(__name__)
 
 
-def bridge_engine(url: URL) -> Engine:
-    """Return an engine for the bridge: autocommit always, no pool, dead peers noticed."""
+APPLICATION = "pgpubsub-bridge"
+
+
+def bridge_engine(url: URL, *, names_itself: bool = False) -> Engine:
+    """Return an engine for the bridge: autocommit always, no pool, dead peers noticed.
+
+    `names_itself`: its connections' name says which process of which host it is, for `status`.
+    """
+    name = f"{APPLICATION} {os.getpid()}@{socket.gethostname()}" if names_itself else APPLICATION
     return create_engine(
         url,
         poolclass=NullPool,
         isolation_level="AUTOCOMMIT",
-        connect_args=drivers.connect_arguments(url, "pgpubsub-bridge"),
+        # Postgres takes 63 bytes, in ASCII.
+        connect_args=drivers.connect_arguments(url, name.encode("ascii", "replace").decode()[:63]),
     )
 
 

@@ -1,8 +1,8 @@
 """The command line: `pgpubsub-bridge`, and `celery -A app pgpubsub`.
 
 The only part of the package that prints or exits. Reading order: `context` (the application, the database, errors in
-one line), `listening` (listen), `database` (install, uninstall, triggers), `stored` (status, list, show), `mending`
-(retry, discard), `demonstration` (demo), `development` (dev), `exit_codes`.
+one line), `listening` (listen), `probing` (health), `database` (install, uninstall, triggers), `status` and `attention`
+(status), `stored` (list, show), `mending` (retry, discard), `demonstration` (demo), `development` (dev), `exit_codes`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from pgpubsub_celery.cli.demonstration import demo
 from pgpubsub_celery.cli.development import dev
 from pgpubsub_celery.cli.listening import listen
 from pgpubsub_celery.cli.mending import discard, retry
-from pgpubsub_celery.cli.stored import list_stored, show, status
+from pgpubsub_celery.cli.probing import health
+from pgpubsub_celery.cli.status import status
+from pgpubsub_celery.cli.stored import list_stored, show
 
-_COMMANDS = (listen, install, uninstall, triggers, status, list_stored, show, retry, discard)
+_COMMANDS = (listen, install, uninstall, triggers, status, list_stored, show, retry, discard, health)
 
 _EXAMPLES = """
 Examples:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -31,6 +33,8 @@ from pgpubsub_celery.runs import one_line
 from pgpubsub_celery.settings import Settings
 
 C = TypeVar("C", bound=Callable[..., Any])
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 WIDTH_WHEN_PIPED = 400
 """Columns, so that no line of a table is cut or wrapped: whoever reads it is a program."""
@@ -181,6 +185,36 @@ def connected(settings: Settings, *, autocommit: bool = False) -> Iterator[Conne
         return
     with engine.begin() as connection:
         yield connection
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.2
+    """Seconds, or a number with s, m, h or d."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return seconds."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(value).strip())
+        if match is None:
+            self.fail(f"{value!r}: expected a duration such as 90, 30s, 5m, 2h or 1d.", param, ctx)
+        return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def told_age(seconds: float | None) -> str:
+    """Return a duration as people read it."""
+    if seconds is None:
+        return ""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def told_time(moment: datetime.datetime | None) -> str:
+    """Return a moment in local time."""
+    return "" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def print_anything() -> None:

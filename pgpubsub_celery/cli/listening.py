@@ -14,7 +14,7 @@ from typing import Any
 import click
 from sqlalchemy.exc import DBAPIError
 
-from pgpubsub_celery import bridge, supervisor
+from pgpubsub_celery import bridge, observing, supervisor
 from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.channels import Channel, check_databases, select_channels
 from pgpubsub_celery.cli.context import State, app_option, connected, database_option
@@ -81,6 +81,7 @@ Examples:
   pgpubsub-bridge -A blog.celery_app listen --channels blog.channels.PostReads blog.channels.AuthorChanges
   pgpubsub-bridge -A blog.celery_app listen --processes 2 --recover --loglevel debug
   pgpubsub-bridge -A blog.celery_app listen --worker --no-restart-on-failure
+  pgpubsub-bridge -A blog.celery_app listen --health-port 8080
 """
 
 
@@ -130,6 +131,18 @@ Examples:
     type=float,
     metavar="SECONDS",
     help="How long a stop may take to finish the batch.  [default: 30]",
+)
+@click.option(
+    "--health-port",
+    type=int,
+    metavar="PORT",
+    help="Serve /livez, /readyz and /metrics there, over HTTP; 0 is any port that is free.",
+)
+@click.option("--health-host", metavar="ADDRESS", help="The address for that.  [default: all, as probes need it]")
+@click.option(
+    "--health-file",
+    metavar="PATH",
+    help="Renew this file every few seconds while the processes live; `pgpubsub-bridge health` looks at it.",
 )
 @click.option("--resume", is_flag=True, hidden=True, help="Of `celery worker --pgpubsub`, see sidecar.")
 @database_option
@@ -196,7 +209,8 @@ def listen(
     if recover is not None and not any(channel.lock_notifications for channel in selected):
         logger.warning("--recover has nothing to do: none of the channels has lock_notifications = True")
     plan = dataclasses.replace(plan, drain_timeout=checked.drain_timeout)
-    ctx.exit(supervisor.run(bridge.run, options, plan, initialise=bridge.prepare))
+    watching = observing.watching(checked)
+    ctx.exit(supervisor.run(bridge.run, options, plan, initialise=bridge.prepare, watching=watching))
 
 
 def _paths(words: tuple[str, ...]) -> tuple[str, ...]:

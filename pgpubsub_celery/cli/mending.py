@@ -5,13 +5,14 @@ Owns counting, asking and telling; what is changed, and how, is `upkeep`'s.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import sys
+import os
 from typing import Any, Protocol
 
 import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from sqlalchemy import Connection
 
 from pgpubsub_celery import upkeep
@@ -176,8 +177,10 @@ class _Change:
     def _in_batches(self, settings: Settings, selection: Selection, meant: upkeep.Extent) -> int:
         changed = 0
         after: int | None = 0
-        many = meant.count >= SHOWN_FROM and not self.as_json
-        with click.progressbar(length=meant.count, label=self.verb, file=sys.stderr) if many else _no_bar() as bar:
+        # For people only: rich would draw it into a file, too, once at its end.
+        shown = meant.count >= SHOWN_FROM and not self.as_json and os.isatty(2)
+        with Progress(*_BAR, console=Console(stderr=True), transient=True, disable=not shown) as progress:
+            bar = progress.add_task(self.verb, total=meant.count)
             while after is not None:
                 with connected(settings) as connection:
                     batch = self.batch(
@@ -185,10 +188,8 @@ class _Change:
                     )
                 changed += batch.changed
                 after = batch.after
-                if bar is not None:
-                    bar.update(batch.changed)
+                progress.update(bar, completed=changed)
         return changed
 
 
-def _no_bar() -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
+_BAR = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

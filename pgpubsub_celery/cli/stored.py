@@ -1,59 +1,153 @@
-"""`status`, `list` and `show`: what is stored, and who is there for it."""
+"""`list` and `show`: what is stored."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
-import re
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
-from rich.console import Group as Lines
-from rich.live import Live
+from click.shell_completion import CompletionItem
 from rich.text import Text
 from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
 
-from pgpubsub_celery import insights, upkeep
-from pgpubsub_celery.cli.context import C, State, app_option, connected, console, database_option, new_table
-from pgpubsub_celery.cli.exit_codes import EXIT_ATTENTION, EXIT_FAILED
-from pgpubsub_celery.errors import did_you_mean
+from pgpubsub_celery import insights
+from pgpubsub_celery.channels import TriggerChannel, captured_columns, registered_channels, table_of
+from pgpubsub_celery.cli.context import (
+    C,
+    Duration,
+    State,
+    app_option,
+    connected,
+    console,
+    database_option,
+    new_table,
+    told_time,
+)
+from pgpubsub_celery.cli.exit_codes import EXIT_FAILED
+from pgpubsub_celery.errors import PgPubSubError, did_you_mean
 from pgpubsub_celery.models import STATES
 from pgpubsub_celery.schema import VERSION
 from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.upkeep import Selection
 from pgpubsub_celery.wakeups import require_installed
 
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+COLUMNS = {
+    "id": "id",
+    "channel": "channel",
+    "listener": "listener",
+    "operation": "operation",
+    "state": "state",
+    "created_at": "stored",
+    "due": "due or failed",
+    "retries": "retries",
+    "error": "error",
+}
+"""Shown by default, with their titles."""
+
+KEY = "key"
+"""Shown besides where one has any: what it is ordered and made unique by."""
+
+MORE = (
+    "available_at",
+    "context",
+    "db_version",
+    "dispatches",
+    "failed_at",
+    KEY,
+    "ordering_key",
+    "owner",
+    "payload",
+    "recovered_at",
+    "starts",
+    "subscription",
+    "task_id",
+    "traceback",
+    "unique_key",
+)
+"""Shown when asked for."""
 
 
-class Duration(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.2
-    """Seconds, or a number with s, m, h or d."""
+class _Columns(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.2
+    """Names, separated by commas."""
 
-    name = "duration"
+    name = "columns"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return seconds."""
-        if isinstance(value, float):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Return the names."""
+        if isinstance(value, tuple):
             return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(value).strip())
-        if match is None:
-            self.fail(f"{value!r}: expected a duration such as 90, 30s, 5m, 2h or 1d.", param, ctx)
-        return float(match[1]) * _UNITS[match[2] or "s"]
+        known = [*COLUMNS, *MORE]
+        names = tuple(name.strip() for name in str(value).split(",") if name.strip())
+        for name in names:
+            if name not in known:
+                self.fail(f"{name!r}: expected some of {', '.join(known)}.{did_you_mean(name, known)}", param, ctx)
+        return names
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Complete the last of them."""
+        before, comma, last = incomplete.rpartition(",")
+        return [CompletionItem(before + comma + name) for name in (*COLUMNS, *MORE) if name.startswith(last)]
+
+
+class _Known(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.2
+    """A name that the shell can complete: from the database, where one is configured in the environment."""
+
+    name = "text"
+
+    def __init__(self, which: int) -> None:
+        self._which = which
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the names that the database knows; none where it cannot be asked, for nobody could be told why."""
+        try:
+            settings = Settings.load(database_url=ctx.params.get("database_url"))
+            with connected(settings, autocommit=True) as connection:
+                names = insights.read_names(connection, settings.schema)[self._which]
+        except (PgPubSubError, SQLAlchemyError):
+            return []
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+class _State(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.2
+    """A state; what is none is refused by `Selection`."""
+
+    name = "text"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return those that fit."""
+        return [CompletionItem(state) for state in STATES if state.startswith(incomplete)]
 
 
 def selecting(command: C) -> C:
     """Add the options that say which notifications are meant."""
     for option in reversed(
         (
-            click.option("--channel", "channels", multiple=True, metavar="NAME", help="Of this channel; repeatable."),
             click.option(
-                "--listener", "listeners", multiple=True, metavar="TASK", help="For this listener; repeatable."
+                "--channel",
+                "channels",
+                type=_Known(0),
+                multiple=True,
+                metavar="NAME",
+                help="Of this channel; repeatable.",
             ),
             click.option(
-                "--state", "states", multiple=True, metavar="STATE", help=f"One of {', '.join(STATES)}; repeatable."
+                "--listener",
+                "listeners",
+                type=_Known(1),
+                multiple=True,
+                metavar="TASK",
+                help="For this listener; repeatable.",
+            ),
+            click.option(
+                "--state",
+                "states",
+                type=_State(),
+                multiple=True,
+                metavar="STATE",
+                help=f"One of {', '.join(STATES)}; repeatable.",
             ),
             click.option(
                 "--older-than", type=Duration(), metavar="DURATION", help="Stored longer ago, e.g. 90s, 2h, 1d."
@@ -68,176 +162,118 @@ def selecting(command: C) -> C:
     return command
 
 
-def _settings(ctx: click.Context, database_url: str | None) -> Settings:
-    return ctx.ensure_object(State).settings(database_url=database_url)
-
-
-def _age(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
-
-
-def _count(number: int, style: str = "") -> Text:
-    return Text(f"{number}+" if number >= insights.COUNT_LIMIT else str(number), style if number else "dim")
-
-
-# status
-
-
-@click.command(
-    epilog="""
-Examples:
-
-\b
-  pgpubsub-bridge -A blog.celery_app status
-  pgpubsub-bridge status --database-url postgresql://… --json
-  pgpubsub-bridge status --max-age 5m --max-failed 0      # exit code 4 when exceeded, for monitoring
-"""
-)
-@app_option
-@database_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-@click.option("--watch", is_flag=True, help="Show it anew every second, until Ctrl-C.")
-@click.option(
-    "--max-age", type=Duration(), metavar="DURATION", help="Exit code 4 when something has been due for longer."
-)
-@click.option("--max-failed", type=int, metavar="N", help="Exit code 4 when a listener has more failed ones.")
-@click.pass_context
-def status(
-    ctx: click.Context,
-    database_url: str | None,
-    as_json: bool,
-    watch: bool,
-    max_age: float | None,
-    max_failed: int | None,
-) -> None:
-    """Show for each listener what waits, runs and fails, and which bridges are connected."""
-    settings = _settings(ctx, database_url)
-    with connected(settings, autocommit=True) as connection:
-        require_installed(connection, settings.schema, VERSION)
-        if watch:
-            _watch(connection, settings.schema)
-            return
-        listeners = insights.read_listeners(connection, settings.schema)
-        bridges = insights.read_bridges(connection, settings.schema)
-    if as_json:
-        click.echo(json.dumps(_status_json(listeners, bridges), default=str))
-    else:
-        console().print(_status_tables(listeners, bridges))
-    late = [one for one in listeners if max_age is not None and (one.oldest_seconds or 0) > max_age]
-    failed = [one for one in listeners if max_failed is not None and one.failed > max_failed]
-    for one in late:
-        click.echo(f"{one.listener or one.channel}: due for {_age(one.oldest_seconds)}", err=True)
-    for one in failed:
-        click.echo(f"{one.listener}: {one.failed} failed", err=True)
-    if late or failed:
-        ctx.exit(EXIT_ATTENTION)
-
-
-def _watch(connection: Connection, schema: str) -> None:
-    with Live(console=console(), auto_refresh=False) as live:
-        try:
-            while True:
-                shown = _status_tables(
-                    insights.read_listeners(connection, schema), insights.read_bridges(connection, schema)
-                )
-                live.update(shown, refresh=True)
-                time.sleep(1)
-        except KeyboardInterrupt:
-            return
-
-
-def _status_json(listeners: list[insights.ListenerStatus], bridges: list[insights.BridgeStatus]) -> dict[str, Any]:
-    return {
-        "listeners": [{**dataclasses.asdict(one), "in_flight": one.in_flight} for one in listeners],
-        "bridges": [dataclasses.asdict(one) for one in bridges],
-    }
-
-
-def _status_tables(listeners: list[insights.ListenerStatus], bridges: list[insights.BridgeStatus]) -> Lines:
-    table = new_table("channel", "listener", title="Notifications")
-    for name in ("waiting", "oldest", "delayed", "in flight", "held", "failed"):
-        table.add_column(name, justify="right")
-    table.add_column("versions")
-    for one in listeners:
-        table.add_row(
-            Text(one.channel),
-            Text("none yet", "yellow") if one.listener is None else Text(one.listener),
-            _count(one.waiting),
-            _age(one.oldest_seconds),
-            _count(one.delayed),
-            _count(one.in_flight),
-            _count(one.held, "yellow"),
-            _count(one.failed, "red"),
-            Text(", ".join(one.versions)),
-        )
-    connected_bridges = new_table("backend", "host", "since", "channels", title="Bridges")
-    for bridge in bridges:
-        connected_bridges.add_row(str(bridge.pid), bridge.host, _time(bridge.since), str(len(bridge.channels)))
-    nobody = Text("No bridge is connected for a stored channel: nothing is published.", "yellow")
-    return Lines(table, "", connected_bridges if bridges else nobody)
-
-
-# list and show
-
-
 @click.command(
     "list",
     epilog="""
 Examples:
 
 \b
-  pgpubsub-bridge list --state failed
+  pgpubsub-bridge list --state failed --newest
   pgpubsub-bridge list --channel blog.channels.PostReads --older-than 1h --json
+  pgpubsub-bridge list --columns id,error,traceback --state failed
+  pgpubsub-bridge list --after 4711                       # the next page
 """,
 )
 @app_option
 @database_option
 @selecting
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, metavar="N")
+@click.option("--after", type=int, metavar="ID", help="Begin after this one: the next page.")
+@click.option("--newest", is_flag=True, help="Newest first.")
+@click.option(
+    "--columns",
+    type=_Columns(),
+    metavar="NAME,…",
+    help=f"Of {', '.join((*COLUMNS, *MORE))}. Default: up to error; with --json all.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with payload and traceback.")
 @click.pass_context
-def list_stored(ctx: click.Context, /, database_url: str | None, limit: int, as_json: bool, **selected: Any) -> None:
-    """List stored notifications, oldest first."""
-    settings = _settings(ctx, database_url)
+def list_stored(
+    ctx: click.Context,
+    /,
+    database_url: str | None,
+    limit: int,
+    after: int | None,
+    newest: bool,
+    columns: tuple[str, ...] | None,
+    as_json: bool,
+    **selected: Any,
+) -> None:
+    """List stored notifications, oldest first.
+
+    With -A, columns that their channel excludes by now are left out of payloads that were stored before it did.
+    """
+    state = ctx.ensure_object(State)
+    settings = state.settings(database_url=database_url)
     selection = Selection(**selected)
     condition, parameters = selection.condition(settings.schema)
+    page: dict[str, Any] = {"limit": limit + 1, "after": after, "newest": newest}  # one more: are there more?
     with connected(settings) as connection:
         require_installed(connection, settings.schema, VERSION)
-        rows = insights.read_notifications(connection, settings.schema, condition, parameters, limit=limit)
-        total = upkeep.measure(connection, settings.schema, selection).count if len(rows) == limit else len(rows)
-        hint = "" if rows else unknown_names(connection, settings.schema, selection)
+        found = insights.read_notifications(connection, settings.schema, condition, parameters, **page)
+        hint = "" if found else unknown_names(connection, settings.schema, selection)
+    rows = [_seen(state, row) for row in found[:limit]]
     if as_json:
         for row in rows:
-            click.echo(json.dumps(dict(row), default=str, ensure_ascii=False))
-        return
-    if not rows:
+            wanted = {name: row[name] for name in columns} if columns else row
+            click.echo(json.dumps(wanted, default=str, ensure_ascii=False))
+    elif rows:
+        console().print(_table(rows, columns))
+    else:
         click.echo(f"No notification is stored that fits.{hint}", err=True)
-        return
-    columns = ["id", "channel", "listener", "operation", "state", "stored", "due or failed", "retries", "error"]
-    have_keys = any(_keys(row) for row in rows)
-    table = new_table(*columns[:4], *(["key"] if have_keys else []), *columns[4:])
+    if len(found) > limit:
+        click.echo(f"There are more: --after {rows[-1]['id']} shows the next {limit}.", err=True)
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: tuple[str, ...] | None) -> Any:
+    names = columns or _usual(rows)
+    table = new_table(*(COLUMNS.get(name, name) for name in names))
     for row in rows:
-        first = (row["error"] or "").splitlines()[:1]
-        table.add_row(
-            str(row["id"]),
-            Text(row["channel"]),
-            Text(row["listener"] or ""),
-            row["operation"],
-            *([Text(_keys(row))] if have_keys else []),
-            row["state"],
-            _time(row["created_at"]),
-            _time(row["failed_at"] or row["available_at"]),
-            str(row["retries"] or ""),
-            Text(first[0] if first else ""),
-        )
-    console().print(table)
-    if total > len(rows):
-        click.echo(f"{len(rows)} of {total}: --limit shows more.", err=True)
+        table.add_row(*(Text(_cell(name, row[name])) for name in names))
+    return table
+
+
+def _usual(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    names = list(COLUMNS)
+    if any(row[KEY] for row in rows):
+        names.insert(names.index("operation") + 1, KEY)
+    return tuple(names)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None or (name == "retries" and not value):
+        return ""
+    if isinstance(value, datetime.datetime):
+        return told_time(value)
+    if isinstance(value, dict | list):
+        return json.dumps(value, default=str, ensure_ascii=False)
+    if name == "error":
+        return str(value).split("\n", 1)[0]
+    return str(value).rstrip()
+
+
+def _seen(state: State, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row as people are to see it: without what its channel hides by now."""
+    seen = {**row, "due": row["failed_at"] or row["available_at"], KEY: _keys(row)}
+    hidden = _hidden(state, row["channel"])
+    if hidden and isinstance(row["payload"], dict):
+        seen["payload"] = {
+            side: {name: value for name, value in columns.items() if name not in hidden}
+            if isinstance(columns, dict)
+            else columns
+            for side, columns in row["payload"].items()
+        }
+    return seen
+
+
+def _hidden(state: State, channel: str) -> frozenset[str]:
+    if not state.app_path:
+        return frozenset()
+    state.require_app()
+    for known in registered_channels():
+        if issubclass(known, TriggerChannel) and channel in (known.name(), *known.aliases):
+            return frozenset(str(one.name) for one in {*table_of(known).columns} - {*captured_columns(known)})
+    return frozenset()
 
 
 def _keys(row: Mapping[str, Any]) -> str:
@@ -262,10 +298,6 @@ def unknown_names(connection: Connection, schema: str, selection: Selection) -> 
     return "".join(hints)
 
 
-def _time(moment: datetime.datetime | None) -> str:
-    return "" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"
-
-
 @click.command(
     epilog="""
 Examples:
@@ -281,8 +313,12 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.pass_context
 def show(ctx: click.Context, database_url: str | None, id: int, as_json: bool) -> None:
-    """Show one stored notification, with payload and traceback."""
-    settings = _settings(ctx, database_url)
+    """Show one stored notification, with payload and traceback.
+
+    With -A, columns that its channel excludes by now are left out.
+    """
+    state = ctx.ensure_object(State)
+    settings = state.settings(database_url=database_url)
     with connected(settings) as connection:
         require_installed(connection, settings.schema, VERSION)
         condition, parameters = Selection(ids=(id,)).condition(settings.schema)
@@ -290,9 +326,10 @@ def show(ctx: click.Context, database_url: str | None, id: int, as_json: bool) -
     if not rows:
         click.echo(f"No notification {id} is stored: it has been acknowledged or discarded, or never was.", err=True)
         ctx.exit(EXIT_FAILED)
-    (row,) = rows
+    row = _seen(state, rows[0])
+    del row["due"]
     if as_json:
-        click.echo(json.dumps(dict(row), default=str, ensure_ascii=False))
+        click.echo(json.dumps(row, default=str, ensure_ascii=False))
         return
     for name, value in row.items():
         if value is None or name == "traceback":

@@ -16,10 +16,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import Pipe, resource_tracker
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from pgpubsub_celery.supervisor.health import State, Watcher
 from pgpubsub_celery.supervisor.plan import (
     EXIT_DRAIN_TIMEOUT,
     EXIT_FAILED,
@@ -27,7 +28,8 @@ from pgpubsub_celery.supervisor.plan import (
     EXIT_STOPPED,
     Plan,
 )
-from pgpubsub_celery.supervisor.process import FAILED, FINISHED, READY, STOP, Job, child_main
+from pgpubsub_celery.supervisor.process import BEAT, FAILED, FINISHED, READY, STOP, TOLD, Job, Pulse, child_main
+from pgpubsub_celery.supervisor.serving import wait
 from pgpubsub_celery.supervisor.signals import STOP_SIGNALS, Signals, held_back
 
 logger = logging.getLogger("pgpubsub_celery.supervisor")
@@ -41,6 +43,7 @@ class _Child:
     process: BaseProcess
     line: Connection | None
     """None once it was hung up, by either side."""
+    pulse: Pulse
     ready_at: float | None = None
     failed: bool = False
     """It has told that the entry raised; its exit code says nothing new."""
@@ -87,26 +90,30 @@ class _Slot:
         return len(self.children()) > 1
 
 
-def supervise(job: Job, plan: Plan, signals: Signals, *, failures: int = 0, listened: bool = False) -> int:
+def supervise(
+    job: Job, plan: Plan, signals: Signals, watcher: Watcher, *, failures: int = 0, listened: bool = False
+) -> int:
     """Keep `plan.processes` processes running `job` until a signal stops them; return the exit code.
 
     `failures` and `listened` are what happened in this process before it became a parent: how often the entry failed,
     and whether it had been ready.
     """
-    return _Supervisor(job, plan, signals, failures, listened).run()
+    return _Supervisor(job, plan, signals, watcher, failures, listened).run()
 
 
 class _Supervisor:
-    def __init__(self, job: Job, plan: Plan, signals: Signals, failures: int, listened: bool) -> None:
+    def __init__(self, job: Job, plan: Plan, signals: Signals, watcher: Watcher, failures: int, listened: bool) -> None:
         self._job = job
         self._plan = plan
         self._signals = signals
+        self._watcher = watcher
         self._context: Any = multiprocessing.get_context(plan.start_method)
         self._listened = listened
         self._stopping = False
         self._exit_code = EXIT_STOPPED  # only ever raised: the worst that happened is what is returned
         now = time.monotonic()
         self._slots = [_Slot(index, failures=failures, start_at=now) for index in range(plan.processes)]
+        watcher.states = self._states
 
     def run(self) -> int:
         if self._plan.start_method == "spawn":
@@ -124,6 +131,13 @@ class _Supervisor:
 
     def _children(self) -> list[tuple[_Slot, _Child]]:
         return [(slot, child) for slot in self._slots for child in slot.children()]
+
+    def _states(self) -> list[State]:
+        """Return each place's process; one that is being replaced is no reason to kill the others."""
+        return [
+            State(slot.index, None, alive=True, ready=False) if slot.current is None else slot.current.pulse.state
+            for slot in self._slots
+        ]
 
     # What is due
 
@@ -180,8 +194,10 @@ class _Supervisor:
         ours, theirs = Pipe()
         # A spawned process has no copies of these; asking it to close them would send them to it.
         forked = self._plan.start_method == "fork"
-        inherited = [ours, *(c.line for _, c in self._children() if c.line is not None)] if forked else []
-        arguments = (self._job, theirs, index, self._listened, self._plan.drain_timeout, inherited)
+        lines = [ours, *(c.line for _, c in self._children() if c.line is not None)]
+        inherited = [*lines, *self._watcher.sockets] if forked else []
+        watched = self._watcher.active
+        arguments = (self._job, theirs, index, self._listened, self._plan.drain_timeout, watched, inherited)
         process = self._context.Process(target=child_main, args=arguments, name=f"pgpubsub-{index}")
         try:
             with held_back():
@@ -191,15 +207,20 @@ class _Supervisor:
             raise
         finally:
             theirs.close()
-        return _Child(process, ours)
+        return _Child(process, ours, Pulse(index, process.pid))
 
     # What arrives
 
     def _wait(self) -> None:
         """Wait for a signal, a report, the end of a child or the next deadline, and act on what arrived."""
-        deadline = min((due for slot in self._slots for due in slot.deadlines()), default=None)
+        deadline = min((self._watcher.due(), *(due for slot in self._slots for due in slot.deadlines())))
         lines = [child.line for _, child in self._children() if child.line is not None]
-        wait([self._signals.fileno(), *lines], None if deadline is None else max(0.0, deadline - time.monotonic()))
+        ready = wait(
+            [self._signals.fileno(), *lines, *self._watcher.readers()],
+            self._watcher.writers(),
+            None if deadline == float("inf") else max(0.0, deadline - time.monotonic()),
+        )
+        self._watcher.act(ready)
         # Signals first: when a whole process group is told to stop, no child that obeyed is to be replaced.
         for signum in self._signals.take():
             if signum in STOP_SIGNALS:
@@ -241,6 +262,10 @@ class _Supervisor:
                 self._on_failed(slot, child)
             elif report == FINISHED:
                 self._let_go(slot, child)
+            elif report.startswith(BEAT):
+                child.pulse.heard(report)
+            elif report.startswith(TOLD):
+                self._watcher.told(slot.index, report[len(TOLD) :])
 
     def _on_ready(self, slot: _Slot, child: _Child) -> None:
         logger.info("ready pid %s (process %d)", child.pid, slot.index)

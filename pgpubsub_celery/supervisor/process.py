@@ -4,8 +4,9 @@ Owns `Control` (what an entry gets), the watch that turns signals, orders and th
 the life of a child from its first to its last line. Never starts a process.
 
 A child and its supervisor are joined by a *line*, a pair of sockets. The child reports on it (ready, failed,
-finished). The supervisor says one thing only, STOP, and hangs up; a line that ends without STOP means that the
-supervisor is gone. Both mean: finish and end.
+finished, and, where somebody watches, that its loop turns and whatever else its entry tells). The supervisor says one
+thing only, STOP, and hangs up; a line that ends without STOP means that the supervisor is gone. Both mean: finish and
+end.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any
 
+from pgpubsub_celery.supervisor.health import STARTING_SECONDS, State, Watcher
 from pgpubsub_celery.supervisor.plan import EXIT_DRAIN_TIMEOUT, EXIT_FAILED, EXIT_SIGNAL_BASE, Plan
+from pgpubsub_celery.supervisor.serving import wait
 from pgpubsub_celery.supervisor.signals import (
     STOP_SIGNALS,
     Signals,
@@ -34,11 +37,18 @@ from pgpubsub_celery.supervisor.signals import (
 
 logger = logging.getLogger("pgpubsub_celery.supervisor")
 
-# What travels on a line: the first three upwards, the last downwards.
+# What travels on a line: all but the last upwards.
 READY = b"ready"
 FAILED = b"failed"
 FINISHED = b"finished"
+BEAT = b"beat "
+"""Then the seconds until the next one, at the latest, and 1 or 0 for ready or not."""
+TOLD = b"told "
+"""Then what the entry tells."""
 STOP = b"stop"
+
+BEAT_SECONDS = 1.0
+"""Beats that say nothing new are sent no more often than this."""
 
 # A supervisor kills after drain_timeout. A child waits this much longer before it ends itself, which it has to do only
 # when there is no supervisor any more.
@@ -74,6 +84,8 @@ class Control:
     """Which of the processes this is, from 0; a replacement has the index of the process it replaces."""
     drain_timeout: float
     """Seconds that the entry has to finish in, once `stopping` is set, before it is killed."""
+    watched: bool
+    """Somebody wants to know whether this process is alive, and what it tells: `beat` and `tell` do something."""
 
     def __init__(
         self,
@@ -82,13 +94,19 @@ class Control:
         replacement: bool = False,
         drain_timeout: float = 30.0,
         report: Callable[[bytes], None] | None = None,
+        offer: Callable[[bytes], bool] | None = None,
     ) -> None:
         self.stopping = StopEvent()
         self.replacement = replacement
         self.index = index
         self.drain_timeout = drain_timeout
         self.is_ready = False
+        self.watched = offer is not None
         self._report = report
+        self._offer = offer
+        self._beat_at = float("-inf")
+        self._within = 0.0
+        self._serves: bool | None = None
 
     def ready(self) -> None:
         """Tell that the entry does its work from now on; what was waiting for that may end. Repeating is harmless."""
@@ -96,6 +114,41 @@ class Control:
             self.is_ready = True
             if self._report is not None:
                 self._report(READY)
+
+    def beat(self, within: float, *, ready: bool) -> None:
+        """Tell that the loop turns, does so again within so many seconds, and whether it does its work meanwhile.
+
+        Cheap, and never waits. Whoever misses the next beat takes this process for one that hangs.
+        """
+        now = time.monotonic()
+        news = (ready, within) != (self._serves, self._within) or now - self._beat_at >= BEAT_SECONDS
+        if self._offer is not None and news and self._offer(BEAT + f"{within:.3f} {ready:d}".encode()):
+            self._beat_at, self._within, self._serves = now, within, ready
+
+    def tell(self, message: bytes) -> bool:
+        """Hand a message to whoever watches all processes; False when that cannot be done now without waiting."""
+        return self._offer is not None and self._offer(TOLD + message)
+
+
+class Pulse:
+    """What a process's beats say of it. Written by whoever hears them."""
+
+    def __init__(self, process: int, pid: int | None) -> None:
+        self.process = process
+        self.pid = pid
+        self._alive_until = time.monotonic() + STARTING_SECONDS
+        self._ready = False
+
+    def heard(self, beat: bytes) -> None:
+        """Note a beat."""
+        within, ready = beat[len(BEAT) :].split()
+        self._alive_until = time.monotonic() + float(within)
+        self._ready = ready == b"1"
+
+    @property
+    def state(self) -> State:
+        """The process, as a probe sees it."""
+        return State(self.process, self.pid, time.monotonic() < self._alive_until, self._ready)
 
 
 @dataclass(frozen=True)
@@ -115,7 +168,7 @@ class Outcome(enum.Enum):
     FAILED = "raised"
 
 
-def run_alone(job: Job, plan: Plan, signals: Signals) -> tuple[Outcome, Control]:
+def run_alone(job: Job, plan: Plan, signals: Signals, watcher: Watcher) -> tuple[Outcome, Control]:
     """Run the entry in this process; return how it ended and the control that it had.
 
     A second signal, or running over `drain_timeout`, ends the process here and now.
@@ -124,9 +177,19 @@ def run_alone(job: Job, plan: Plan, signals: Signals) -> tuple[Outcome, Control]
     def report(message: bytes) -> None:
         logger.info("ready pid %d (process 0)", os.getpid())
 
-    control = Control(drain_timeout=plan.drain_timeout, report=report)
+    pulse = Pulse(0, os.getpid())
+
+    def hear(message: bytes) -> bool:
+        if message.startswith(BEAT):
+            pulse.heard(message)
+        else:
+            watcher.told(0, message[len(TOLD) :])
+        return True
+
+    control = Control(drain_timeout=plan.drain_timeout, report=report, offer=hear if watcher.active else None)
+    watcher.states = lambda: [pulse.state]
     logger.info("started pid %d (process 0)", os.getpid())
-    watch = _Watch(control, signals, line=None, limit=plan.drain_timeout)
+    watch = _Watch(control, signals, line=None, limit=plan.drain_timeout, watcher=watcher)
     watch.start()
     try:
         outcome = _perform(job.entry, job.argument, control)
@@ -137,12 +200,18 @@ def run_alone(job: Job, plan: Plan, signals: Signals) -> tuple[Outcome, Control]
 
 
 def child_main(
-    job: Job, line: Connection, index: int, replacement: bool, drain_timeout: float, inherited: list[Connection]
+    job: Job,
+    line: Connection,
+    index: int,
+    replacement: bool,
+    drain_timeout: float,
+    watched: bool,
+    inherited: list[Any],
 ) -> None:
     """Be a child: run the entry, report on `line`, and after a failure stay until the supervisor hangs up.
 
-    `inherited` are the supervisor's ends of all lines, which a forked child has copies of. It has to close them: a copy
-    in any process would keep a line open after the supervisor's death.
+    `inherited` are the supervisor's ends of all lines and its sockets, which a forked child has copies of. It has to
+    close them: a copy in any process would keep a line, or a port, open after the supervisor's death.
     """
     for connection in inherited:
         connection.close()
@@ -150,12 +219,28 @@ def child_main(
     # A terminal sends Ctrl-C to every process of the foreground group. It is the supervisor's to act on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    speaking = threading.Lock()
+
     def report(message: bytes) -> None:
         # The supervisor may have hung up meanwhile, or be gone; the watch sees that too.
-        with contextlib.suppress(OSError):
+        with speaking, contextlib.suppress(OSError):
             line.send_bytes(message)
 
-    control = Control(index=index, replacement=replacement, drain_timeout=drain_timeout, report=report)
+    def offer(message: bytes) -> bool:
+        # Not to a supervisor that does not listen: an entry that waited for it would hang with it.
+        with speaking, contextlib.suppress(OSError, ValueError):
+            if line in wait((), (line,), 0):
+                line.send_bytes(message)
+                return True
+        return False
+
+    control = Control(
+        index=index,
+        replacement=replacement,
+        drain_timeout=drain_timeout,
+        report=report,
+        offer=offer if watched else None,
+    )
     # Neither signals nor watch are ever closed: they have to see this process to its end.
     signals = Signals(signal.SIGTERM).__enter__()
     _Watch(control, signals, line, limit=drain_timeout + _ORPHAN_GRACE).start()
@@ -197,7 +282,15 @@ class _Watch:
     this process is its own master: there a second signal ends it at once.
     """
 
-    def __init__(self, control: Control, signals: Signals, line: Connection | None, limit: float) -> None:
+    def __init__(
+        self,
+        control: Control,
+        signals: Signals,
+        line: Connection | None,
+        limit: float,
+        watcher: Watcher | None = None,
+    ) -> None:
+        self._watcher = Watcher(None) if watcher is None else watcher
         self._control = control
         self._signals = signals
         self._line = line
@@ -218,9 +311,10 @@ class _Watch:
     def _run(self) -> None:
         alone = self._line is None
         while True:
-            readable = wait(self._sources(), self._remaining())
+            readable = wait(self._sources(), self._watcher.writers(), self._remaining())
             if self._closing in readable:
                 return
+            self._watcher.act(readable)
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 logger.error("killed pid %d: not finished %g s after the stop request", os.getpid(), self._limit)
                 os._exit(EXIT_DRAIN_TIMEOUT)
@@ -233,10 +327,12 @@ class _Watch:
                 self._stop(self._hear())
 
     def _sources(self) -> list[Any]:
-        return [source for source in (self._closing, self._signals, self._line) if source is not None]
+        own = [source for source in (self._closing, self._signals, self._line) if source is not None]
+        return own + self._watcher.readers()
 
     def _remaining(self) -> float | None:
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        due = self._watcher.due() if self._deadline is None else min(self._deadline, self._watcher.due())
+        return None if due == float("inf") else max(0.0, due - time.monotonic())
 
     def _hear(self) -> str | None:
         """Return why the line fell silent: None when the supervisor asked for a stop, which it logs itself."""

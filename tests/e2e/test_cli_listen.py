@@ -15,7 +15,8 @@ from pgpubsub_celery.cli.listening import normalise
 from tests.fixtures.commands import CELERY, Folder, done, refused, started
 from tests.fixtures.processes import Running
 
-COMMANDS = ["demo", "dev", "discard", "install", "list", "listen", "retry", "show", "status", "triggers", "uninstall"]
+COMMANDS = ["demo", "dev", "discard", "health", "install", "list", "listen"]
+COMMANDS += ["retry", "show", "status", "triggers", "uninstall"]
 NOWHERE = "postgresql://somebody:s3cret@127.0.0.1:1/nothing"
 
 

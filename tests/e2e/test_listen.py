@@ -507,7 +507,8 @@ def test_lost_connections_to_postgres_are_said_once_and_made_anew(shop: Shop, da
         with database.begin() as connection:
             connection.execute(
                 text(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'pgpubsub-bridge'"
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE application_name LIKE 'pgpubsub-bridge%'"
                 )
             )
         emit(database, app.Order(number=number))

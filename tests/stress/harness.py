@@ -203,7 +203,7 @@ class Stress:
 
     def _cut(self, cursor: Any) -> None:
         cursor.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'pgpubsub-bridge' "
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'pgpubsub-bridge%' "
             "ORDER BY random() LIMIT 1"
         )
 

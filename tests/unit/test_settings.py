@@ -44,6 +44,12 @@ def test_without_any_source_the_documented_defaults_hold() -> None:
         "bundle_max": 200,
         "task_options": {},
         "failed_retention": None,
+        "health_port": None,
+        "health_host": "",
+        "health_file": None,
+        "health_timeout": 60,
+        "worker_metrics_port": None,
+        "worker_logformat": None,
     }
     assert {name: getattr(settings, name) for name in documented} == documented
 
@@ -98,6 +104,8 @@ def test_a_celery_application_s_configuration_is_understood(spelling: str) -> No
         ("PGPUBSUB_BATCH_SIZE", "20", 20),
         ("PGPUBSUB_TASK_OPTIONS", '{"queue": "slow"}', {"queue": "slow"}),
         ("PGPUBSUB_FAILED_RETENTION", "86400", 86400),
+        ("PGPUBSUB_HEALTH_PORT", "8080", 8080),
+        ("PGPUBSUB_HEALTH_PORT", "tcp://10.0.0.1:8080", None),  # Kubernetes', of a service called pgpubsub-health
     ],
 )
 def test_the_environment_is_read_by_the_setting_s_kind(variable: str, text: str, value: Any) -> None:

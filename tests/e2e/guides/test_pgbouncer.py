@@ -47,7 +47,9 @@ def test_what_outlasts_a_transaction_is_on_the_direct_connection(shop: Shop, dat
             return list(connection.execute(text(statement)).scalars())
 
     eventually(lambda: scalars("SELECT state FROM pgpubsub_notification") == ["dispatched"], "it is published")
-    of_bridge = "FROM pg_stat_activity a WHERE application_name = 'pgpubsub-bridge' AND datname = current_database()"
+    of_bridge = (
+        "FROM pg_stat_activity a WHERE application_name LIKE 'pgpubsub-bridge%' AND datname = current_database()"
+    )
     assert set(scalars(f"SELECT usename {of_bridge}")) == set(ROLES)
     holding = scalars(
         f"SELECT DISTINCT usename {of_bridge} AND pid IN (SELECT pid FROM pg_locks WHERE locktype = 'advisory')"
