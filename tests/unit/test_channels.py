@@ -67,7 +67,9 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mod
         path.with_suffix(".py").write_text(textwrap.dedent(source), encoding="utf-8")
         importlib.invalidate_caches()
         for part in (name, *(name.rsplit(".", count)[0] for count in range(1, name.count(".") + 1))):
-            monkeypatch.delitem(sys.modules, part, raising=False)
+            # In two steps: undone, it is as it was before, also where it was not there.
+            monkeypatch.setitem(sys.modules, part, sys)
+            monkeypatch.delitem(sys.modules, part)
         return importlib.import_module(name) if load else typing.cast("ModuleType", None)
 
     return write
