@@ -50,6 +50,7 @@ class PostReads(Channel):
     lease = 5
     channel_name = "typing.reads"
     aliases = ("typing.old_reads",)
+    unique_key = "model_id"
     model_id: int
     date: datetime.date = datetime.date(2026, 1, 1)
 
