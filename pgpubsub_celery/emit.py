@@ -14,11 +14,9 @@ import dataclasses
 import datetime
 import functools
 import math
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from celery import _state
 from sqlalchemy import BindParameter, Boolean, Connection, DateTime, Float, Text, TextClause, bindparam, text
 from sqlalchemy.engine import TwoPhaseTransaction
 from sqlalchemy.exc import DBAPIError
@@ -30,13 +28,13 @@ from pgpubsub_celery.channels import (
     Channel,
     TriggerChannel,
     check_declared,
-    databases_of,
     find_channel,
 )
-from pgpubsub_celery.errors import ChannelError, PayloadError, SettingsError
+from pgpubsub_celery.errors import ChannelError, PayloadError
 from pgpubsub_celery.listeners import MESSAGE, Listener, register_listener
 from pgpubsub_celery.payload import build_message, encode_message
 from pgpubsub_celery.schema import Names
+from pgpubsub_celery.schemas import current_schema, schema_for
 from pgpubsub_celery.scopes import (
     aset_notification_context,
     encode_context,
@@ -44,7 +42,6 @@ from pgpubsub_celery.scopes import (
     set_notification_context,
     suppress_notifications,
 )
-from pgpubsub_celery.settings import DEFAULT_DATABASE, Settings
 from pgpubsub_celery.signatures import Prepared, load_signature, publish_signature
 from pgpubsub_celery.tracing import emitting, with_trace
 
@@ -55,6 +52,7 @@ __all__ = [
     "anotify",
     "anotify_many",
     "aset_notification_context",
+    "current_schema",
     "enqueue",
     "load_signature",
     "notify",
@@ -409,64 +407,3 @@ def _plain(context: Any) -> Any:
         return context  # refused by whoever encodes it
     traced = with_trace(context)
     return None if traced is None else dict(traced)
-
-
-DATABASE_OPTION = "pgpubsub_database"
-"""An execution option of connections and engines: the alias of their database, where nothing else tells it."""
-
-_schemas: weakref.WeakKeyDictionary[Any, Mapping[str, str]] = weakref.WeakKeyDictionary()
-_schemas_without_app: Mapping[str, str] | None = None
-
-
-def current_schema(database: str = DEFAULT_DATABASE) -> str:
-    """Return the schema of the functions: PGPUBSUB_SCHEMA, or what the current Celery application has configured.
-
-    Read once for each application, and for the process without one.
-    """
-    schemas = _current_schemas()
-    return schemas[database if database in schemas else DEFAULT_DATABASE]
-
-
-def schema_for(channels: Iterable[type[Channel]], connection: Connection, caller: str) -> str:
-    """Return the schema of the functions in the database that a connection is of.
-
-    Which of several databases that is, a connection does not say; where their schemas differ, its execution option or
-    the channels do.
-
-    Raises:
-        SettingsError: they do not, either.
-    """
-    schemas = _current_schemas()
-    if len(set(schemas.values())) == 1:
-        return schemas[DEFAULT_DATABASE]
-    named = connection.get_execution_options().get(DATABASE_OPTION)
-    if named is not None:
-        return current_schema(named)
-    aliases = {alias for channel in channels for alias in databases_of(channel)}
-    found = {current_schema(alias) for alias in aliases}
-    if len(found) == 1 and EVERY_DATABASE not in aliases:
-        return found.pop()
-    told = ", ".join(f"{alias!r}: {schema!r}" for alias, schema in schemas.items())
-    raise SettingsError(
-        f"{caller}(): the databases have different schemas ({told}), and nothing tells which of them the connection is "
-        f"of: pass an engine with create_engine(…, execution_options={{{DATABASE_OPTION!r}: ALIAS}})."
-    )
-
-
-def _current_schemas() -> Mapping[str, str]:
-    global _schemas_without_app
-    # get_current_app() would make one where there is none: a writer need not have one.
-    app = _state._tls.current_app or _state.default_app  # noqa: SLF001
-    if app is None:
-        if _schemas_without_app is None:
-            _schemas_without_app = _read_schemas(None)
-        return _schemas_without_app
-    found = _schemas.get(app)
-    if found is None:
-        found = _schemas[app] = _read_schemas(app.conf)
-    return found
-
-
-def _read_schemas(conf: Any) -> Mapping[str, str]:
-    aliases = Settings.load(conf, database=DEFAULT_DATABASE).aliases
-    return {alias: Settings.load(conf, database=alias).schema for alias in aliases}

@@ -17,9 +17,9 @@ from pgpubsub_celery.attempts import Attempts, first_line
 from pgpubsub_celery.binds import is_autocommit
 from pgpubsub_celery.channels import Channel, TriggerChannel, registered_channels
 from pgpubsub_celery.drivers import sqlstate
-from pgpubsub_celery.emit import current_schema
 from pgpubsub_celery.errors import NotInstalledError, PgPubSubError
 from pgpubsub_celery.schema import EMIT_FUNCTIONS, Names, quote_identifier
+from pgpubsub_celery.schemas import current_schema
 from pgpubsub_celery.script import install_script
 from pgpubsub_celery.settings import DEFAULT_DATABASE, Settings
 from pgpubsub_celery.subscriptions import execute_literally, match, read_channels, read_subscriptions

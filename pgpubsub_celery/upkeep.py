@@ -15,10 +15,10 @@ from sqlalchemy import Connection, TextClause, text
 from pgpubsub_celery import announcements
 from pgpubsub_celery.binds import connection_of
 from pgpubsub_celery.channels import Channel, registered_channels, select_channels
-from pgpubsub_celery.emit import schema_for
 from pgpubsub_celery.errors import SettingsError, did_you_mean
 from pgpubsub_celery.models import DISPATCHED, FAILED, HELD, RUNNING, STATES, WAITING
 from pgpubsub_celery.schema import Names
+from pgpubsub_celery.schemas import schema_for
 
 BATCH = 1_000
 """Rows changed by one statement."""

@@ -20,10 +20,11 @@ from pgpubsub_celery import drift, models
 from pgpubsub_celery.alembic.operations import Nothing, Operation, SqlOperation, operation, pair
 from pgpubsub_celery.apps import load_app
 from pgpubsub_celery.channels import Channel, TriggerChannel, listen_name_of, registered_channels, table_of
-from pgpubsub_celery.emit import EnqueuedTask, current_schema
+from pgpubsub_celery.emit import EnqueuedTask
 from pgpubsub_celery.errors import PgPubSubError
 from pgpubsub_celery.listeners import MESSAGE, TRIGGER_OPERATIONS
 from pgpubsub_celery.schema import VERSION, Names
+from pgpubsub_celery.schemas import current_schema
 from pgpubsub_celery.settings import DEFAULT_DATABASE, Settings
 from pgpubsub_celery.subscriptions import (
     ChannelRow,

@@ -13,12 +13,14 @@ from celery import Celery
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session
 
-from pgpubsub_celery import Channel, channel_task, emit, enqueue, install, notify, requests
+from pgpubsub_celery import Channel, channel_task, enqueue, install, notify, requests
 from pgpubsub_celery.embedded import EmbeddedPostgres
 from pgpubsub_celery.errors import SettingsError
 from pgpubsub_celery.messages import Message
 from pgpubsub_celery.migrations import check
+from pgpubsub_celery.schemas import DATABASE_OPTION
 from pgpubsub_celery.settings import sync_url
+from tests.conftest import _registries
 from tests.fixtures.deliveries import Deliveries
 
 
@@ -111,7 +113,14 @@ def billing(postgres: EmbeddedPostgres, request: pytest.FixtureRequest) -> Itera
 
 
 @pytest.fixture
-def two(registry: None, engine: Engine, billing: Engine) -> Two:
+def nothing_declared() -> Iterator[None]:
+    """As if no other test had declared a channel: all that are registered are installed."""
+    with _registries(empty=True):
+        yield
+
+
+@pytest.fixture
+def two(nothing_declared: None, engine: Engine, billing: Engine) -> Two:
     """Both with tables in the schema public."""
     return Two(engine, billing)
 
@@ -205,7 +214,7 @@ def test_a_listener_called_as_a_task_has_a_session_of_its_channels_database(two:
 
 
 @pytest.fixture
-def apart(registry: None, engine: Engine, billing: Engine) -> Two:
+def apart(nothing_declared: None, engine: Engine, billing: Engine) -> Two:
     """Billing's tables are in a schema of their own."""
     return Two(engine, billing, schema="queue")
 
@@ -226,7 +235,7 @@ def test_where_schemas_differ_a_connection_says_which_database_it_is_of(apart: T
     with apart.engines["billing"].begin() as connection:
         with pytest.raises(SettingsError, match=r"different schemas \('default': 'public', 'billing': 'queue'\)"):
             enqueue(connection, signature)
-        told = connection.execution_options(**{emit.DATABASE_OPTION: "billing"})
+        told = connection.execution_options(**{DATABASE_OPTION: "billing"})
         enqueue(told, signature)
     with apart.engines["billing"].connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM queue.pgpubsub_notification")).scalar() == 1

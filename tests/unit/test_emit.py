@@ -11,7 +11,7 @@ import pytest
 from celery import Celery, _state
 from sqlalchemy.orm import Session
 
-from pgpubsub_celery import emit
+from pgpubsub_celery import emit, schemas
 from pgpubsub_celery.channels import Channel
 from pgpubsub_celery.emit import BATCH, BATCH_CHANNELS, BATCH_CHARACTERS, notify, notify_many
 from pgpubsub_celery.errors import BindError, PayloadError, SettingsError
@@ -126,14 +126,14 @@ def no_app(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process without a Celery application."""
     monkeypatch.setattr(_state, "default_app", None)
     monkeypatch.setattr(_state, "_tls", _state._TLS())
-    monkeypatch.setattr(emit, "_schemas_without_app", None)
+    monkeypatch.setattr(schemas, "_schemas_without_app", None)
 
 
 @pytest.mark.usefixtures("no_app")
 def test_without_an_application_the_schema_is_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer need not have Celery configured, and none is made for it."""
     monkeypatch.setenv("PGPUBSUB_SCHEMA", "queue")
-    assert emit.current_schema() == "queue"
+    assert schemas.current_schema() == "queue"
     assert _state.default_app is None
 
 
@@ -144,13 +144,13 @@ def test_the_schema_is_the_current_applications_unless_the_environment_says_othe
     """Read once for each application."""
     first = Celery("first", set_as_current=True)
     first.conf.pgpubsub_schema = "of_first"
-    assert emit.current_schema() == "of_first"
+    assert schemas.current_schema() == "of_first"
     first.conf.pgpubsub_schema = "changed"
-    assert emit.current_schema() == "of_first"
+    assert schemas.current_schema() == "of_first"
     monkeypatch.setenv("PGPUBSUB_SCHEMA", "queue")
     second = Celery("second", set_as_current=True)
     second.conf.pgpubsub_schema = "of_second"
-    assert emit.current_schema() == "queue"
+    assert schemas.current_schema() == "queue"
     first.close()
     second.close()
 
@@ -160,7 +160,7 @@ def test_a_bad_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is wrong, not where it is used."""
     monkeypatch.setenv("PGPUBSUB_SCHEMA", "x" * 64)
     with pytest.raises(SettingsError, match="schema"):
-        emit.current_schema()
+        schemas.current_schema()
 
 
 # Which subscription is whose
