@@ -20,6 +20,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from pgpubsub_celery import key_statements as sql
+from pgpubsub_celery.binds import is_autocommit
 from pgpubsub_celery.prepared import Prepared
 from pgpubsub_celery.schema import Names
 from pgpubsub_celery.statements import filter_condition
@@ -122,9 +123,9 @@ class KeyedStore:
         """Put due rows under lease and return them, as `Store.claim` does, but in the order of their keys.
 
         On a connection in autocommit: a transaction of its own, ended before it returns, so that the lease is committed
-        before anything is published. Uses pgpubsub_notification_claim_idx for what is due, _ordering_idx for the order,
-        _unique_idx for the newest; locks the claimed and the deleted rows, skips what others have locked, and never
-        waits for a lock.
+        before anything is published. On another the caller's, in READ COMMITTED. Uses pgpubsub_notification_claim_idx
+        for what is due, _ordering_idx for the order, _unique_idx for the newest; locks the claimed and the deleted
+        rows, skips what others have locked, and never waits for a lock.
         """
         wanted = [quota.subscription for quota in quotas]
         parameters = self.parameters(quotas, batch_size=batch_size, max_starts=max_starts)
@@ -215,7 +216,10 @@ class KeyedStore:
 
 @contextlib.contextmanager
 def _transaction(connection: Connection) -> Iterator[None]:
-    """A transaction of several statements on a connection in autocommit."""
+    """A transaction of several statements on a connection in autocommit; on another the caller's, which stays open."""
+    if not is_autocommit(connection):
+        yield
+        return
     connection.execute(text("BEGIN ISOLATION LEVEL READ COMMITTED"))
     try:
         yield

@@ -37,6 +37,7 @@ class Meter:
             signals.notification_retried: self._counting(table.RETRIED),
             signals.notification_failed: self._counting(table.FAILED),
             signals.notification_dropped: self._counting(table.DROPPED),
+            signals.notification_superseded: self._counting(table.SUPERSEDED),
             signals.notification_discarded: self._mended(table.DISCARDED),
             signals.notification_recovered: self._mended(table.RECOVERED),
             signals.bridge_woken: self._woken,

@@ -38,6 +38,7 @@ FINISH_LAG = "pgpubsub_finish_lag_seconds"
 RETRIED = "pgpubsub_notifications_retried_total"
 FAILED = "pgpubsub_notifications_failed_total"
 DROPPED = "pgpubsub_notifications_dropped_total"
+SUPERSEDED = "pgpubsub_notifications_superseded_total"
 DISCARDED = "pgpubsub_notifications_discarded_total"
 RECOVERED = "pgpubsub_notifications_recovered_total"
 WAKEUPS = "pgpubsub_wakeups_total"
@@ -78,6 +79,13 @@ TABLE = (
     Metric(RETRIED, "counter", _OF_LISTENER, _WORKER, "Runs after which a notification waits for its next attempt."),
     Metric(FAILED, "counter", _OF_LISTENER, _BOTH, "Notifications failed for good."),
     Metric(DROPPED, "counter", _OF_LISTENER, _WORKER, "Duplicates that a message told of, and that were recognised."),
+    Metric(
+        SUPERSEDED,
+        "counter",
+        _OF_LISTENER,
+        _BRIDGE,
+        "Notifications deleted unpublished: a newer one of their `unique_key` waits.",
+    ),
     Metric(DISCARDED, "counter", ("channel",), _BRIDGE, "Failed notifications deleted after `failed_retention`."),
     Metric(RECOVERED, "counter", ("channel",), _BRIDGE, "Held and failed notifications made due by `--recover`."),
     Metric(WAKEUPS, "counter", ("reason",), _BRIDGE, "Times a bridge was rung (doorbell), or looks unasked (sweep)."),

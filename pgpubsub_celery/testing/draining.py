@@ -22,10 +22,11 @@ from sqlalchemy.orm import Session
 
 from pgpubsub_celery import filters, runs, subscriptions
 from pgpubsub_celery.binds import connection_of, session_or_connection
-from pgpubsub_celery.channels import Channel, registered_channels, select_channels
+from pgpubsub_celery.channels import Channel, keys_of, registered_channels, select_channels
 from pgpubsub_celery.delivery import deliver
 from pgpubsub_celery.emit import EnqueuedTask
 from pgpubsub_celery.errors import PgPubSubError
+from pgpubsub_celery.keyed import KeyedQuota, KeyedStore
 from pgpubsub_celery.listeners import Listener, registered_listeners
 from pgpubsub_celery.messages import Address, Message, build_messages
 from pgpubsub_celery.runs import Run
@@ -197,6 +198,7 @@ class _Drainage:
             self._installation = self._runtime.store.installation(connection)
             conditions = filters.conditions(listeners, self._runtime.settings.listener_filter)
             self._store = Store(self._runtime.settings.schema, conditions)
+            self._keyed = KeyedStore(self._runtime.settings.schema, conditions)
             self._store.adopt(connection, list(listeners))
         self._listeners = listeners
         while True:
@@ -244,23 +246,34 @@ class _Drainage:
             return claimed
 
     def _claim_due(self, connection: Connection) -> list[Claimed]:
-        settings = self._runtime.settings
-        quotas = []
-        for id, listener in self._listeners.items():
-            lease = listener.channel.lease or settings.lease
-            quotas.append(
-                Quota(
-                    subscription=id,
-                    limit=BATCH_SIZE,
-                    lease=lease,
-                    lease_max=max(lease, settings.lease_max),
-                    with_payload=listener.channel is EnqueuedTask,
-                )
-            )
-        if not quotas:
-            return []
-        claim = self._store.claim(connection, quotas, batch_size=BATCH_SIZE, max_starts=settings.max_starts)
-        return claim.rows
+        quotas = [self._quota(id, listener) for id, listener in self._listeners.items()]
+        keyed = [quota for quota in quotas if isinstance(quota, KeyedQuota)]
+        plain = [quota for quota in quotas if not isinstance(quota, KeyedQuota)]
+        most = self._runtime.settings.max_starts
+        rows: list[Claimed] = []
+        if plain:
+            rows += self._store.claim(connection, plain, batch_size=BATCH_SIZE, max_starts=most).rows
+        # What one claim deletes or puts back may leave another to be claimed.
+        unfinished = bool(keyed)
+        while unfinished:
+            claim = self._keyed.claim(connection, keyed, batch_size=BATCH_SIZE, max_starts=most)
+            rows += claim.rows
+            unfinished = claim.unfinished and not claim.rows
+        return rows
+
+    def _quota(self, id: int, listener: Listener) -> Quota:
+        lease = listener.channel.lease or self._runtime.settings.lease
+        keys = keys_of(listener.channel)
+        common: dict[str, Any] = {
+            "subscription": id,
+            "limit": BATCH_SIZE,
+            "lease": lease,
+            "lease_max": max(lease, self._runtime.settings.lease_max),
+            "with_payload": listener.channel is EnqueuedTask,
+        }
+        if not keys.ordering and not keys.unique:
+            return Quota(**common)
+        return KeyedQuota(**common, ordered=bool(keys.ordering), passes=keys.passes, unique=bool(keys.unique))
 
     # Deliver
 

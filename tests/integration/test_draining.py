@@ -563,3 +563,53 @@ def test_the_workers_runtime_is_as_before_afterwards(app: Celery, blog: Blog, se
     before = Runtime.of(app)
     drain(session)
     assert Runtime.of(app) is before
+
+
+# Keys
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_order_and_coalescing_are_what_they_are_in_a_worker(
+    app: Celery, installed_engine: Engine, inside: bool
+) -> None:
+    """One of an ordering key at a time, in its order, also when it is retried; of a unique key the newest."""
+    ran: list[str] = []
+
+    @dataclasses.dataclass
+    class Step(Channel):
+        channel_name = "draining.Step"
+        lock_notifications = True
+        ordering_key = "of"
+        of: str
+        number: int
+
+    @dataclasses.dataclass
+    class Draft(Channel):
+        channel_name = "draining.Draft"
+        lock_notifications = True
+        unique_key = "of"
+        of: str
+        number: int
+
+    @channel_task(Step, app=app, bind=True, name="draining.step", max_retries=2)
+    def step(task: Any, of: str, number: int, session: Session) -> None:
+        if (of, number) == ("a", 1) and not task.request.retries:
+            raise task.retry(countdown=0)
+        ran.append(f"{of}{number}")
+
+    @channel_task(Draft, app=app, name="draining.draft")
+    def draft(of: str, number: int) -> None:
+        ran.append(f"{of}{number}")
+
+    install(installed_engine, channels=[Step, Draft])
+    with installed_engine.connect() as connection:
+        notify_many(connection, [Step(of=of, number=number) for number in (1, 2, 3) for of in "ab"])
+        notify_many(connection, [Draft(of="draft", number=number) for number in (1, 2, 3)])
+        if not inside:
+            connection.commit()
+        drained = drain(connection if inside else installed_engine, app=app)
+        connection.rollback()
+    assert [one for one in ran if one[0] == "a"] == ["a1", "a2", "a3"]
+    assert [one for one in ran if one[0] == "b"] == ["b1", "b2", "b3"]
+    assert [one for one in ran if one.startswith("draft")] == ["draft3"]
+    assert drained.counts == {"acknowledged": 7, "retried": 1}
