@@ -11,7 +11,7 @@ from celery import Celery
 from sqlalchemy import Engine
 
 from pgpubsub_celery import Channel, channel_task, install
-from pgpubsub_celery.bridge import Bridge, _Watch
+from pgpubsub_celery.bridge import Bridge
 from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.dispatch import Dispatcher
 from pgpubsub_celery.listeners import Listener
@@ -21,6 +21,7 @@ from pgpubsub_celery.settings import Settings, sync_url
 from pgpubsub_celery.store import Store
 from pgpubsub_celery.supervisor import Control
 from pgpubsub_celery.wakeups import Link, bridge_engine
+from pgpubsub_celery.watch import Watch
 from tests.fixtures.notifications import Notifications
 from tests.fixtures.processes import eventually
 
@@ -126,7 +127,7 @@ def test_without_a_broker_a_bridge_is_keeper_of_nothing(
     with Link(engine, engine, "public") as other:
         other.listen([looking.listeners[subscription].channel.listen_safe_name()])
         assert other.keep(["looking.Seen"]) == set()
-        _Watch(looking.bridge, looking.link, looking.dispatcher, looking.listeners).run()
+        Watch(looking.bridge, looking.link, looking.dispatcher, looking.listeners).run()
         eventually(other.rung, "the other bridge was told to look", within=10)
         assert other.keep(["looking.Seen"]) == {"looking.Seen"}
         assert other.close_doors()

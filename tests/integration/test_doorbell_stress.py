@@ -13,7 +13,7 @@ from celery import Celery
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session
 
-from pgpubsub_celery import Channel, bridge, channel_task, install, notify
+from pgpubsub_celery import Channel, channel_task, install, notify, watch
 from pgpubsub_celery.bridge import Bridge
 from pgpubsub_celery.settings import Settings, sync_url
 from pgpubsub_celery.supervisor import Control
@@ -114,7 +114,7 @@ def doors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(Link, "close_doors", close)
     monkeypatch.setattr(Link, "open_doors", open_)
     # A bridge opens its doors under load only: here the first ring is that.
-    monkeypatch.setattr(bridge, "RINGS_UNDER_LOAD", 0)
+    monkeypatch.setattr(watch, "RINGS_UNDER_LOAD", 0)
     return events
 
 

@@ -11,7 +11,7 @@ from celery import Celery
 from sqlalchemy import Engine, text
 
 from pgpubsub_celery import Channel, channel_task, install, signals
-from pgpubsub_celery.bridge import MOMENT, Bridge
+from pgpubsub_celery.bridge import Bridge
 from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.dispatch import Dispatcher
 from pgpubsub_celery.listeners import Listener
@@ -20,6 +20,7 @@ from pgpubsub_celery.settings import Settings, sync_url
 from pgpubsub_celery.store import Store
 from pgpubsub_celery.supervisor import Control
 from pgpubsub_celery.wakeups import Link, bridge_engine
+from pgpubsub_celery.watch import MOMENT
 from tests.fixtures.notifications import TABLE, Notifications
 
 BATCH = 10
