@@ -305,8 +305,16 @@ def _listed(databases: Mapping[str, Any]) -> str:
 def _celery_items(conf: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
     if conf is None:
         return []
-    # A Celery Settings object is a chain of mappings; keys may be spelled in upper case.
-    return [(key, conf[key]) for key in list(conf) if isinstance(key, str) and key.lower().startswith(CELERY_PREFIX)]
+    # A Celery Settings object is a chain of mappings; keys may be spelled in upper case, and in Django they usually
+    # have a namespace's prefix, which `get` knows and iteration does not.
+    found: list[tuple[str, Any]] = []
+    for key in list(conf):
+        namespace, prefix, name = key.lower().partition(CELERY_PREFIX) if isinstance(key, str) else ("", "", "")
+        if prefix and not namespace:
+            found.append((key, conf[key]))
+        elif prefix and namespace.endswith("_") and conf.get(prefix + name) is not None:
+            found.append((prefix + name, conf.get(prefix + name)))
+    return found
 
 
 def _from_text(cls: type[Settings], name: str, text: str) -> Any:

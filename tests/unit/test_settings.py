@@ -317,3 +317,15 @@ def test_what_is_no_url_is_refused_without_being_shown(text: str) -> None:
         Settings(database_url=text)
     assert "secret" not in str(raised.value)
     assert raised.value.__suppress_context__
+
+
+def test_settings_with_a_namespaces_prefix_are_found() -> None:
+    """As Django's projects have them: CELERY_PGPUBSUB_…, wherever Celery finds its own."""
+    app = Celery("namespaced", set_as_current=False)
+    app.config_from_object({"CELERY_PGPUBSUB_POLL_INTERVAL": 7.0, "OTHER_PGPUBSUB_SCHEMA": "no"}, namespace="CELERY")
+    loaded = Settings.load(app.conf, {})
+    assert (loaded.poll_interval, loaded.schema) == (7.0, "public")
+    app.config_from_object({"CELERY_PGPUBSUB_POL_INTERVAL": 7.0}, namespace="CELERY")
+    with pytest.raises(SettingsError, match=r"'pgpubsub_pol_interval' is not known\. Did you mean 'poll_interval'"):
+        Settings.load(app.conf, {})
+    app.close()
