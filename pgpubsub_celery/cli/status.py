@@ -174,7 +174,9 @@ class _Looks:
         except PgPubSubError as exc:
             self._seldom["unread"].append(str(exc))
         try:
-            found = drift.trigger_differences(self._connection, Names(self._settings.schema), registered_channels())
+            # Those of other databases are looked at there.
+            channels = registered_channels(self._settings.database)
+            found = drift.trigger_differences(self._connection, Names(self._settings.schema), channels)
             self._seldom["triggers"] = [str(one) for one in found]
         except (PgPubSubError, DBAPIError) as exc:
             self._seldom["unread"].append(f"Triggers are not looked at: {one_line(exc)}")

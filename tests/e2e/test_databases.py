@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Engine, create_engine, text
 
 from pgpubsub_celery.embedded import EmbeddedPostgres
 from pgpubsub_celery.settings import sync_url
@@ -42,6 +42,7 @@ def engines(database_url: str, billing_url: str) -> Iterator[tuple[Engine, Engin
     main, billing = create_engine(sync_url(database_url)), create_engine(sync_url(billing_url))
     for engine in (main, billing):
         Base.metadata.create_all(engine)
+    branches.Base.metadata.create_all(billing)
     yield main, billing
     main.dispose()
     billing.dispose()
@@ -58,17 +59,21 @@ def test_each_database_has_its_bridge_and_one_worker_does_for_both(firm: Shop, e
         firm.start([bridge, "-A", APP, "listen", "--worker"]),
         firm.start([bridge, "-A", APP, "listen", "--worker"], PGPUBSUB_DATABASE="billing"),
     ]
-    for one, channel in zip(bridges, ("Visit", "Invoice"), strict=True):
-        one.wait_for(rf"listening to 1 channel\(s\): tests.fixtures.branches.{channel}\n")
+    bridges[0].wait_for(rf"listening to 1 channel\(s\): {APP}.Visit\n")
+    bridges[1].wait_for(rf"listening to 2 channel\(s\): {APP}.AccountChanges, {APP}.Invoice\n")
     worker = firm.start(
         [str(BIN / "celery"), "-A", APP, "worker", "--loglevel=info", "--concurrency=1", "--without-mingle"]
     )
     worker.wait_for(r"ready\.")
     emit(main, *(branches.Visit(number=number) for number in range(20)))
     emit(billing, *(branches.Invoice(number=number) for number in range(100, 120)))
+    with billing.begin() as connection:
+        connection.execute(text("INSERT INTO account VALUES (7)"))
     eventually(lambda: not states(main) and not states(billing), "all done")
     assert effects(main) == {("visit", number): 1 for number in range(20)}
-    assert effects(billing) == {("invoice", number): 1 for number in range(100, 120)}
+    assert effects(billing) == {("invoice", number): 1 for number in range(100, 120)} | {("account", 7): 1}
+    status = json.loads(firm.run("-A", APP, "status", "--json").stdout)
+    assert status["triggers"] == [], "those of billing are no trouble of the default database"
     emit(billing, branches.Invoice(number=branches.DEADLY))
     worker.wait_for("signal 9")
     eventually(lambda: states(billing) == {"failed": 1}, "failed in the end, in its own database")
