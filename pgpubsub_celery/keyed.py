@@ -21,6 +21,7 @@ from sqlalchemy.exc import DBAPIError
 
 from pgpubsub_celery import key_statements as sql
 from pgpubsub_celery.binds import is_autocommit
+from pgpubsub_celery.drivers import sqlstate
 from pgpubsub_celery.prepared import Prepared
 from pgpubsub_celery.schema import Names
 from pgpubsub_celery.statements import filter_condition
@@ -134,7 +135,7 @@ class KeyedStore:
         except DBAPIError as exc:
             # A prepared statement of another session than is used now (behind a pooler, against all advice): it is
             # not prepared any more, but the transaction has failed.
-            if getattr(exc.orig, "pgcode", None) != "25P02":
+            if sqlstate(exc) != "25P02":
                 raise
             granted, result = self._locked_claim(connection, wanted, parameters)
         mine = [quota for quota in quotas if quota.subscription in granted]

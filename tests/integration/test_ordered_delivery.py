@@ -14,6 +14,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from pgpubsub_celery import Channel, NotificationInfo, channel_task, install, notify, notify_many
+from pgpubsub_celery.drivers import wire
 from pgpubsub_celery.messages import Message
 from pgpubsub_celery.upkeep import Selection, discard_batch, retry_batch
 from tests.fixtures.deliveries import Deliveries
@@ -222,6 +223,7 @@ class Door:
 
     def __init__(self, engine: Engine, channel: type[Channel]) -> None:
         self._connection = engine.execution_options(isolation_level="AUTOCOMMIT").connect()
+        self._wire = wire(self._connection)
         self._connection.execute(text(f'LISTEN "{channel.listen_safe_name()}"'))
         self._connection.execute(
             text("SELECT pg_advisory_lock(pgpubsub_lock_key('door', :name))"), {"name": channel.name()}
@@ -230,11 +232,8 @@ class Door:
 
     def rung(self) -> int:
         """Return how often somebody has rung since."""
-        driver: Any = self._connection.connection.driver_connection
-        driver.poll()
-        count = len(driver.notifies)
-        driver.notifies.clear()
-        return count
+        self._wire.poll()
+        return len(self._wire.take())
 
     def close(self) -> None:
         self._connection.close()
