@@ -18,6 +18,7 @@ from pgpubsub_celery.drivers import wire
 from pgpubsub_celery.messages import Message
 from pgpubsub_celery.upkeep import Selection, discard_batch, retry_batch
 from tests.fixtures.deliveries import Deliveries
+from tests.fixtures.notifications import until
 
 
 @pytest.fixture
@@ -222,18 +223,28 @@ class Door:
     """A bridge asleep: it has closed the channel's door, and hears who rings."""
 
     def __init__(self, engine: Engine, channel: type[Channel]) -> None:
+        self._engine = engine
+        self._name = channel.listen_safe_name()
         self._connection = engine.execution_options(isolation_level="AUTOCOMMIT").connect()
         self._wire = wire(self._connection)
-        self._connection.execute(text(f'LISTEN "{channel.listen_safe_name()}"'))
+        self._connection.execute(text(f'LISTEN "{self._name}"'))
         self._connection.execute(
             text("SELECT pg_advisory_lock(pgpubsub_lock_key('door', :name))"), {"name": channel.name()}
         )
-        self.rung()
 
     def rung(self) -> int:
-        """Return how often somebody has rung since."""
-        self._wire.poll()
-        return len(self._wire.take())
+        """Return how often somebody has rung since: what was committed before a ring of its own comes before that."""
+        with self._engine.begin() as connection:
+            connection.execute(text("SELECT pg_notify(:name, 'until here')"), {"name": self._name})
+        heard: list[Any] = []
+
+        def until_here() -> bool:
+            self._wire.poll()
+            heard.extend(self._wire.take())
+            return any(notify.payload for notify in heard)
+
+        until(until_here)
+        return len(heard) - 1
 
     def close(self) -> None:
         self._connection.close()
