@@ -45,18 +45,27 @@ class Report:
     """Of all listeners, lately; known to whoever looks twice."""
 
 
-def troubles(report: Report, *, lease: float, app: str | None) -> list[Trouble]:
-    """Return what is wrong, the worst first. `lease` is the default one, in seconds; `app` is what -A was given."""
-    return [*_of_bridges(report, app), *_of_triggers(report, app), *_of_listeners(report, lease, app)]
+@dataclasses.dataclass(frozen=True)
+class Caller:
+    """What `status` was called with, for the commands that it names."""
+
+    app: str | None = None
+    database: str | None = None
+
+    def command(self, *words: str, needs_app: bool = False) -> str:
+        """Return one of our commands, as it is to be typed."""
+        app = self.app or ("your.app" if needs_app else None)
+        database = ("--database", self.database) if self.database else ()
+        return shlex.join(["pgpubsub-bridge", *(("-A", app) if app else ()), *words, *database])
 
 
-def command(app: str | None, *words: str) -> str:
-    """Return one of our commands, as it is to be typed."""
-    return shlex.join(["pgpubsub-bridge", *(("-A", app) if app else ()), *words])
+def troubles(report: Report, *, lease: float, caller: Caller) -> list[Trouble]:
+    """Return what is wrong, the worst first. `lease` is the default one, in seconds."""
+    return [*_of_bridges(report, caller), *_of_triggers(report, caller), *_of_listeners(report, lease, caller)]
 
 
-def _of_bridges(report: Report, app: str | None) -> Iterator[Trouble]:
-    listen = command(app or "your.app", "listen")
+def _of_bridges(report: Report, caller: Caller) -> Iterator[Trouble]:
+    listen = caller.command("listen", needs_app=True)
     if not any(bridge.channels for bridge in report.bridges):
         yield Trouble("No bridge is connected for a stored channel: nothing is published.", listen)
     else:
@@ -71,37 +80,38 @@ def _of_bridges(report: Report, app: str | None) -> Iterator[Trouble]:
         )
 
 
-def _of_triggers(report: Report, app: str | None) -> Iterator[Trouble]:
+def _of_triggers(report: Report, caller: Caller) -> Iterator[Trouble]:
     for difference in report.triggers or ():
-        yield Trouble(f"{difference}.", command(app or "your.app", "install"))
+        yield Trouble(f"{difference}.", caller.command("install", needs_app=True))
 
 
-def _of_listeners(report: Report, lease: float, app: str | None) -> Iterator[Trouble]:
+def _of_listeners(report: Report, lease: float, caller: Caller) -> Iterator[Trouble]:
     for one in report.listeners:
         if one.listener is None:
             if one.waiting:
                 yield Trouble(
-                    f"{one.channel}: stored, and the channel has no listener.", command(app or "your.app", "install")
+                    f"{one.channel}: stored, and the channel has no listener.",
+                    caller.command("install", needs_app=True),
                 )
             continue
-        yield from _of_runs(one, report, lease, app)
+        yield from _of_runs(one, report, lease, caller)
         late = one.oldest_seconds or 0.0
         if late > BACKLOG_SECONDS and one.bridges:
-            yield _backlog(one, late, app)
+            yield _backlog(one, late, caller)
         if one.failed:
             told = f"; the last one: {one.last_error.splitlines()[0][:200]}" if one.last_error else ""
             yield Trouble(
                 f"{one.listener}: {one.failed} failed{told}",
-                command(app, "retry", "--listener", one.listener, "--state", "failed"),
+                caller.command("retry", "--listener", one.listener, "--state", "failed"),
             )
         if one.held:
             yield Trouble(
                 f"{one.listener}: {one.held} held: stored before a `listen` without --recover.",
-                command(app, "retry", "--listener", one.listener, "--state", "held"),
+                caller.command("retry", "--listener", one.listener, "--state", "held"),
             )
 
 
-def _of_runs(one: ListenerStatus, report: Report, lease: float, app: str | None) -> Iterator[Trouble]:
+def _of_runs(one: ListenerStatus, report: Report, lease: float, caller: Caller) -> Iterator[Trouble]:
     assert one.listener is not None
     if one.overdue and one.bridges:
         backends = ", ".join(f"{t.pid} from {t.host}" for t in report.long_transactions)
@@ -116,19 +126,19 @@ def _of_runs(one: ListenerStatus, report: Report, lease: float, app: str | None)
         yield Trouble(
             f"{one.listener}: {one.running} running, the oldest stored {one.running_seconds:.0f} s ago: a run that "
             "takes long, or hangs. The command has it run again, beside that.",
-            command(app, "retry", "--listener", one.listener, "--state", "running", "--force"),
+            caller.command("retry", "--listener", one.listener, "--state", "running", "--force"),
         )
 
 
-def _backlog(one: ListenerStatus, late: float, app: str | None) -> Trouble:
+def _backlog(one: ListenerStatus, late: float, caller: Caller) -> Trouble:
     if one.in_flight:
         return Trouble(
             f"{one.listener}: due for {late:.0f} s, with {one.in_flight} in flight: workers do not keep up, or "
             "there are none.",
-            shlex.join(["celery", "-A", app or "your.app", "worker"]),
+            shlex.join(["celery", "-A", caller.app or "your.app", "worker"]),
         )
     return Trouble(
         f"{one.listener}: due for {late:.0f} s, and its bridge does not take them: its log says why (the broker may be "
-        "out of reach, or a listener_filter leaves them to another bridge).",
+        "out of reach, a listener_filter leave them to another bridge, or a failed one hold their ordering key).",
         "",
     )

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from pgpubsub_celery import drift, insights
 from pgpubsub_celery.channels import registered_channels
-from pgpubsub_celery.cli.attention import Report, Trouble, troubles
+from pgpubsub_celery.cli.attention import Caller, Report, Trouble, troubles
 from pgpubsub_celery.cli.context import (
     Duration,
     State,
@@ -116,7 +116,7 @@ class _Looks:
         self._connection = connection
         self._settings = settings
         self._app = state.require_app() if state.app_path else None
-        self._path = state.app_path
+        self._caller = Caller(state.app_path, state.database)
         self._deleted: collections.deque[tuple[float, int]] = collections.deque()
         self._seldom_at = float("-inf")
         self._seldom: dict[str, Any] = {}
@@ -135,7 +135,7 @@ class _Looks:
 
     def troubles(self, report: Report) -> list[Trouble]:
         """Return what needs somebody."""
-        return troubles(report, lease=self._settings.lease, app=self._path)
+        return troubles(report, lease=self._settings.lease, caller=self._caller)
 
     def as_json(self, report: Report) -> str:
         """Return one JSON object."""
@@ -169,13 +169,14 @@ class _Looks:
             return self._seldom
         self._seldom_at = time.monotonic()
         self._seldom = {"unread": []}
+        # Those of other databases are looked at there.
+        channels = registered_channels(self._settings.database)
         try:
-            self._seldom["queues"] = read_queues(self._app, registered_listeners())
+            listeners = [one for one in registered_listeners() if one.channel in channels]
+            self._seldom["queues"] = read_queues(self._app, listeners)
         except PgPubSubError as exc:
             self._seldom["unread"].append(str(exc))
         try:
-            # Those of other databases are looked at there.
-            channels = registered_channels(self._settings.database)
             found = drift.trigger_differences(self._connection, Names(self._settings.schema), channels)
             self._seldom["triggers"] = [str(one) for one in found]
         except (PgPubSubError, DBAPIError) as exc:

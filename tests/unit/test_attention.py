@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pgpubsub_celery.cli.attention import Report, troubles
+from pgpubsub_celery.cli.attention import Caller, Report, troubles
 from pgpubsub_celery.insights import BridgeStatus, ListenerStatus, LongTransaction
 
 BRIDGE = BridgeStatus(
@@ -32,7 +32,7 @@ def listener(**changed: Any) -> ListenerStatus:
 def found(*listeners: ListenerStatus, bridges: tuple[BridgeStatus, ...] = (BRIDGE,), **more: Any) -> list[str]:
     """Return each trouble and its command, in one line."""
     report = Report(listeners=listeners, bridges=bridges, **more)
-    return [f"{one.what} > {one.command}" for one in troubles(report, lease=120.0, app="blog.app")]
+    return [f"{one.what} > {one.command}" for one in troubles(report, lease=120.0, caller=Caller("blog.app"))]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +119,14 @@ def test_triggers_the_server_s_queue_and_hanging_backends_are_told() -> None:
     held = LongTransaction(pid=4711, host="10.0.0.7", seconds=600.0)
     (line,) = found(listener(dispatched=1, overdue=1), long_transactions=[held])
     assert "(backends 4711 from 10.0.0.7)" in line
+
+
+def test_commands_are_for_the_database_and_the_application_that_were_asked_about() -> None:
+    """Where there are several; without an application its place is shown."""
+    report = Report(listeners=[listener(held=1)], bridges=[])
+    listen, retry = [one.command for one in troubles(report, lease=120.0, caller=Caller(None, "second"))]
+    assert listen == "pgpubsub-bridge -A your.app listen --database second"
+    assert retry == "pgpubsub-bridge retry --listener blog.read --state held --database second"
 
 
 def test_the_doorbell_lags_only_while_a_sleeping_bridge_lets_something_wait() -> None:
