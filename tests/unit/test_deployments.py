@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import yaml
 
-from pgpubsub_celery.cli.listening import listen
 from pgpubsub_celery.settings import Settings
 from tests.fixtures.command_lines import PROGRAMS, parse
 from tests.fixtures.pages import DOCS
@@ -22,9 +21,6 @@ from tests.fixtures.processes import BIN
 
 MANIFESTS = sorted((DOCS / "guides" / "kubernetes").glob("*.yaml"))
 UNITS = sorted((DOCS / "guides" / "systemd").glob("*.service"))
-
-HEALTH = ("--health-port", "--health-file")
-"""Taken out before a command line is read, where the command does not have them yet."""
 
 
 def documents() -> Iterator[dict[str, Any]]:
@@ -45,12 +41,6 @@ def container(pod: dict[str, Any]) -> dict[str, Any]:
     (only,) = pod["containers"]
     assert isinstance(only, dict)
     return only
-
-
-def known(words: list[str]) -> list[str]:
-    """Return a command line without the options that are not there yet."""
-    options = {option for parameter in listen.params for option in parameter.opts}
-    return [word for word in words if not (word.startswith(HEALTH) and word.partition("=")[0] not in options)]
 
 
 def drain_timeout(words: list[str]) -> float:
@@ -78,7 +68,7 @@ def test_there_are_a_bridge_and_a_worker_of_each_kind() -> None:
 def test_a_pod_starts_a_command_that_there_is(name: str) -> None:
     """With the options that there are."""
     words = container(PODS[name])["command"]
-    assert len(parse(PROGRAMS[words[0]], known(words))) > 1
+    assert len(parse(PROGRAMS[words[0]], words)) > 1
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -86,7 +76,7 @@ def test_a_unit_starts_a_command_that_there_is(name: str) -> None:
     """With the options that there are."""
     program, *words = shlex.split(SERVICES[name]["ExecStart"])
     assert Path(program).is_absolute()  # systemd looks for no other
-    assert len(parse(PROGRAMS[Path(program).name], known([Path(program).name, *words]))) > 1
+    assert len(parse(PROGRAMS[Path(program).name], [Path(program).name, *words])) > 1
 
 
 def test_kubernetes_waits_for_longer_than_a_bridge_takes_to_stop() -> None:
