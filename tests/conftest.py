@@ -131,6 +131,20 @@ def registry() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def nothing_declared() -> Iterator[None]:
+    """As if no other test had declared a channel, for tests of all that are registered; but this package's own are."""
+    from pgpubsub_celery import channels, listeners
+    from pgpubsub_celery.emit import EnqueuedTask
+
+    own = {key: channel for key, channel in channels._registry.items() if channel is EnqueuedTask}
+    its = {key: listener for key, listener in listeners._registry.items() if listener.channel is EnqueuedTask}
+    with _registries(empty=True):
+        channels._registry.update(own)
+        listeners._registry.update(its)
+        yield
+
+
 @contextlib.contextmanager
 def _registries(*, empty: bool = False) -> Iterator[None]:
     from pgpubsub_celery import channels, listeners

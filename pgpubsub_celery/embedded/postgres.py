@@ -125,8 +125,12 @@ class EmbeddedPostgres(EmbeddedServer):
 
     def resume(self) -> None:
         """Let a paused server go on."""
+        import psutil
+
         for child in self._children():
-            child.resume()
+            # Of a server that was not paused, one may end meanwhile.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.resume()
         self._paused = False
         super().resume()
 

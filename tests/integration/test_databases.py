@@ -20,7 +20,6 @@ from pgpubsub_celery.messages import Message
 from pgpubsub_celery.migrations import check
 from pgpubsub_celery.schemas import DATABASE_OPTION
 from pgpubsub_celery.settings import sync_url
-from tests.conftest import _registries
 from tests.fixtures.deliveries import Deliveries
 
 
@@ -110,13 +109,6 @@ def billing(postgres: EmbeddedPostgres, request: pytest.FixtureRequest) -> Itera
     yield engine
     engine.dispose()
     postgres.drop_database(name)
-
-
-@pytest.fixture
-def nothing_declared() -> Iterator[None]:
-    """As if no other test had declared a channel: all that are registered are installed."""
-    with _registries(empty=True):
-        yield
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ class Post(Base):
 
 
 @pytest.fixture
-def app(registry: None) -> Iterator[Celery]:
+def app(nothing_declared: None) -> Iterator[Celery]:
     """An application without a database of its own, and without a broker."""
     app = Celery("draining", broker="memory://", set_as_current=True)
     yield app

@@ -21,7 +21,7 @@ app.conf.update(task_default_queue=QUEUE, task_ignore_result=True)
 class Tick(Channel):
     """Stored; what is left in the table was not published."""
 
-    channel_name = "stress.Tick"
+    channel_name = "doorbell.Tick"
     lock_notifications = True
     acknowledge = "published"
     lease = LEASE
@@ -29,6 +29,6 @@ class Tick(Channel):
     """Emitted by a transaction that was prepared, and so could not ring."""
 
 
-@channel_task(Tick, name="stress.tick", bundle=200)
+@channel_task(Tick, name="doorbell.tick", bundle=200)
 def tick(prepared: bool) -> None:
     """Never run: nobody takes the messages."""

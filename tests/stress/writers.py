@@ -94,7 +94,7 @@ class Writer:
 
 def _emit(*, prepared: bool = False) -> str:
     payload = '{"prepared": true}' if prepared else '{"prepared": false}'
-    return f"SELECT pgpubsub_notify('stress.Tick', '{payload}')"
+    return f"SELECT pgpubsub_notify('doorbell.Tick', '{payload}')"
 
 
 if __name__ == "__main__":

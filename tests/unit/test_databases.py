@@ -117,7 +117,7 @@ def test_urls_of_databases_are_not_printed() -> None:
 # Channels
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("nothing_declared")
 def test_channels_are_in_one_database_several_or_all() -> None:
     """Without a word, in the default one; a subclass where its base is."""
 
