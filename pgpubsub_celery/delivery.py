@@ -168,7 +168,7 @@ class Delivery:
             return
         try:
             with self.runtime.autocommit() as connection:
-                self.store.report_run_time(connection, subscription, self.runtime.process, *report)
+                self.store.report_run_time(connection, subscription, self.runtime.process, report)
         except DBAPIError as exc:
             logger.debug("Reporting a run time failed: %s", exc.orig)
 

@@ -39,6 +39,8 @@ class ListenerCounts:
     """For how long the oldest due one has been due."""
     run_seconds: float | None
     """Mean seconds of a run, as worker processes have measured it within the last hour; None where none has."""
+    per_second: float | None
+    """Runs in a second, as workers have counted them lately; None where they have told nothing for 15 s."""
 
     @property
     def in_flight(self) -> int:
@@ -260,7 +262,9 @@ _COUNTED = (
         WHERE n.subscription = s.id AND n.state = 'waiting' AND n.available_at <= now()
         ORDER BY n.available_at, n.id LIMIT 1) AS oldest_seconds,
     (SELECT sum(t.mean_seconds * t.runs) / sum(t.runs) FROM {t} t
-        WHERE t.subscription = s.id AND t.measured_at > now() - interval '1 hour')::float8 AS run_seconds"""
+        WHERE t.subscription = s.id AND t.measured_at > now() - interval '1 hour')::float8 AS run_seconds,
+    (SELECT sum(t.per_second) FROM {t} t
+        WHERE t.subscription = s.id AND t.measured_at > now() - interval '15 s')::float8 AS per_second"""
 )
 _REASONS = (
     ", "
@@ -282,7 +286,7 @@ FROM {s} s
 UNION ALL
 SELECT n.channel, NULL, count(*) FILTER (WHERE n.available_at <= now()),
     count(*) FILTER (WHERE n.available_at > now()), 0, 0, 0, 0,
-    extract(epoch FROM now() - min(n.available_at) FILTER (WHERE n.available_at <= now()))::float8, NULL{more}
+    extract(epoch FROM now() - min(n.available_at) FILTER (WHERE n.available_at <= now()))::float8, NULL, NULL{more}
 FROM (
     SELECT * FROM {n} n WHERE n.subscription IS NULL
     ORDER BY n.subscription, n.state, n.available_at, n.id LIMIT :limit

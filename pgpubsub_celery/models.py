@@ -109,6 +109,8 @@ class RunTime(_Base):
     """Of one notification, its share of the bundle's own work included."""
     runs: Mapped[int] = mapped_column(BigInteger)
     """How many the mean is of."""
+    per_second: Mapped[float | None] = mapped_column(Double)
+    """How many there were in a second, since the report before."""
     measured_at: Mapped[datetime.datetime] = mapped_column(DateTime(timezone=True), server_default=_NOW)
 
 

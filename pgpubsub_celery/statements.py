@@ -331,10 +331,11 @@ RETURNING n.id
 
 # Each process has its row: nobody waits for anybody.
 REPORT_RUN_TIME = """
-INSERT INTO {t} AS t (subscription, process, mean_seconds, runs, measured_at)
-VALUES (:subscription, CAST(:process AS uuid), :mean_seconds, :runs, now())
+INSERT INTO {t} AS t (subscription, process, mean_seconds, runs, per_second, measured_at)
+VALUES (:subscription, CAST(:process AS uuid), :mean_seconds, :runs, CAST(:per_second AS float8), now())
 ON CONFLICT (subscription, process) DO UPDATE
-    SET mean_seconds = excluded.mean_seconds, runs = excluded.runs, measured_at = excluded.measured_at
+    SET mean_seconds = excluded.mean_seconds, runs = excluded.runs, per_second = excluded.per_second,
+        measured_at = excluded.measured_at
 """
 
 RUN_TIMES = """

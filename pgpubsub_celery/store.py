@@ -19,6 +19,7 @@ from sqlalchemy.exc import DBAPIError
 
 from pgpubsub_celery import key_statements
 from pgpubsub_celery import statements as sql
+from pgpubsub_celery.measuring import Report
 from pgpubsub_celery.prepared import Prepared
 from pgpubsub_celery.schema import Names, quote_literal
 
@@ -343,14 +344,10 @@ class Store:
 
     # The worker
 
-    def report_run_time(
-        self, connection: Connection, subscription: int, process: uuid.UUID, mean_seconds: float, runs: int
-    ) -> None:
+    def report_run_time(self, connection: Connection, subscription: int, process: uuid.UUID, report: Report) -> None:
         """Tell the bridges how long a listener's runs take in this process; one row, which nobody else writes."""
-        connection.execute(
-            self._report_run_time,
-            {"subscription": subscription, "process": str(process), "mean_seconds": mean_seconds, "runs": runs},
-        )
+        told = {"subscription": subscription, "process": str(process), **report._asdict()}
+        connection.execute(self._report_run_time, told)
 
     # The worker, for listeners with `session`
 

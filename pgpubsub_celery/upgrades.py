@@ -83,6 +83,14 @@ def _add_keys(names: Names) -> Sequence[str]:
     )
 
 
+def _second(names: Names) -> Sequence[str]:
+    return (*_add_keys(names), f"ALTER TABLE {names.run_time} ADD COLUMN IF NOT EXISTS per_second double precision")
+
+
+def _first(names: Names) -> Sequence[str]:
+    return (*_remove_keys(names), f"ALTER TABLE {names.run_time} DROP COLUMN IF EXISTS per_second")
+
+
 def _remove_keys(names: Names) -> Sequence[str]:
     # The indexes go with their columns. What is stored stays, in no order.
     return (
@@ -92,7 +100,12 @@ def _remove_keys(names: Names) -> Sequence[str]:
 
 
 UPGRADES: tuple[Upgrade, ...] = (
-    Upgrade(to=2, what="the keys that notifications are ordered and made unique by", up=_add_keys, down=_remove_keys),
+    Upgrade(
+        to=2,
+        what="the keys that notifications are ordered and made unique by, and how many runs a second there are",
+        up=_second,
+        down=_first,
+    ),
 )
 
 

@@ -227,7 +227,7 @@ def _tables(report: Report, found: list[Trouble]) -> Lines:
 
 def _notifications(report: Report) -> Any:
     table = new_table("channel", "listener", title="Notifications")
-    for name in ("waiting", "oldest", "delayed", "in flight", "held", "failed", "mean run", "doorbell lag"):
+    for name in ("waiting", "oldest", "delayed", "in flight", "held", "failed", "a second", "mean run", "doorbell lag"):
         table.add_column(name, justify="right")
     table.add_column("versions")
     for one in report.listeners:
@@ -240,6 +240,7 @@ def _notifications(report: Report) -> Any:
             _count(one.in_flight),
             _count(one.held, "yellow"),
             _count(one.failed, "red"),
+            "" if one.per_second is None else f"{one.per_second:,.1f}",
             "" if one.run_seconds is None else _short(one.run_seconds),
             "" if not one.bridges else "awake" if one.doorbell_seconds is None else told_age(one.doorbell_seconds),
             Text(", ".join(one.versions)),

@@ -69,6 +69,7 @@ CREATE TABLE IF NOT EXISTS "@schema@".pgpubsub_run_time (
 	process UUID NOT NULL, 
 	mean_seconds DOUBLE PRECISION NOT NULL, 
 	runs BIGINT NOT NULL, 
+	per_second DOUBLE PRECISION, 
 	measured_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL, 
 	PRIMARY KEY (subscription, process)
 );

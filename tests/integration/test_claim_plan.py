@@ -73,7 +73,18 @@ def table(postgres: EmbeddedPostgres, template: str) -> Iterator[Notifications]:
 
 
 @pytest.fixture(scope="module")
-def alone(table: Notifications) -> Cost:
+def early(table: Notifications) -> Iterator[Connection]:
+    """A bridge's session that has claimed, and so planned, when there was nothing."""
+    with table.engine.connect() as connection:
+        prepared.allow(connection)
+        assert table.claim([LITTLE], connection=connection).rows == []
+        connection.commit()
+        yield connection
+        connection.invalidate()
+
+
+@pytest.fixture(scope="module")
+def alone(table: Notifications, early: Connection) -> Cost:
     """What it costs to claim from a little backlog in a table that holds nothing else."""
     table.add(BATCH + 100, subscription=LITTLE)
     table.execute(f"ANALYZE {TABLE}")
@@ -173,21 +184,43 @@ def test_a_drain_does_not_wade_through_what_it_has_finished(full: Notifications)
     assert begun.pages < BATCH + NOISE
 
 
+def test_a_claim_that_was_planned_when_the_table_was_empty_reads_by_its_index(
+    early: Connection, full: Notifications
+) -> None:
+    """What was cheap then would read 300,000 rows now."""
+    for subscription in (LARGE, MORE_LITTLE):
+        cost, plan = claim(full, subscription, within=early)
+        assert cost.claimed == BATCH
+        assert "Seq Scan" not in {node["Node Type"] for node in walk(plan)}
+
+
 def claim(
-    table: Notifications, subscription: int, *, limit: int = 100_000, bound: Bound | None = None, pooled: bool = False
+    table: Notifications,
+    subscription: int,
+    *,
+    limit: int = 100_000,
+    bound: Bound | None = None,
+    pooled: bool = False,
+    within: Connection | None = None,
 ) -> tuple[Cost, Mapping[str, Any]]:
     """Explain a claim of one subscription, prepared as a bridge's are unless they go through a pooler; take it back."""
     quota = Quota(subscription=subscription, limit=limit, lease=LEASE, lease_max=LEASE_MAX, bound=bound)
+    if within is not None:
+        return _explained(table, within, quota)
     with table.engine.connect() as connection:
         if not pooled:
             prepared.allow(connection)
-        explaining = _Explaining(connection)
-        claimed = table.store.claim(explaining, [quota], batch_size=BATCH, max_starts=3)  # type: ignore[arg-type]
-        connection.rollback()
+        found = _explained(table, connection, quota)
         connection.invalidate()  # nobody else is to have what is prepared
-    assert pooled or "EXECUTE" in explaining.statement
+    return found
+
+
+def _explained(table: Notifications, connection: Connection, quota: Quota) -> tuple[Cost, Mapping[str, Any]]:
+    explaining = _Explaining(connection)
+    claimed = table.store.claim(explaining, [quota], batch_size=BATCH, max_starts=3)  # type: ignore[arg-type]
+    connection.rollback()
     nodes = [node for node in walk(explaining.plan) if _reads_table(node)]
-    return Cost(nodes, len(claimed.rows), claimed.bounds.get(subscription)), explaining.plan
+    return Cost(nodes, len(claimed.rows), claimed.bounds.get(quota.subscription)), explaining.plan
 
 
 class _Explaining:

@@ -18,6 +18,7 @@ from pgpubsub_celery.broker import Broker, Publication
 from pgpubsub_celery.dispatch import REFUSED_DELAY, Dispatcher, Standing
 from pgpubsub_celery.emit import ENQUEUE_LISTENER
 from pgpubsub_celery.listeners import listeners_of
+from pgpubsub_celery.measuring import Report
 from pgpubsub_celery.messages import Message
 from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.store import Quota, Store
@@ -170,8 +171,8 @@ def test_a_measured_listener_with_a_session_is_bundled_by_itself(installed_engin
     alone = [1] * 10
     assert sizes(True) == {"dispatch.written": alone, "dispatch.limited": alone, "dispatch.called": alone}
     for id in known:
-        house.store.report_run_time(house.connection, id, uuid.uuid4(), 0.02, 100)
-        house.store.report_run_time(house.connection, id, uuid.uuid4(), 0.03, 100)
+        house.store.report_run_time(house.connection, id, uuid.uuid4(), Report(0.02, 100, None))
+        house.store.report_run_time(house.connection, id, uuid.uuid4(), Report(0.03, 100, None))
     measured = house.store.run_times(house.connection, list(known))[ids["dispatch.written"]]
     assert measured.mean_seconds == pytest.approx(0.025)
     assert measured.processes == 2

@@ -19,6 +19,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from pgpubsub_celery import Channel, TriggerChannel, install, install_on_create_all, metadata, notify, uninstall
 from pgpubsub_celery.errors import BindError, NotInstalledError, PgPubSubError
 from pgpubsub_celery.listeners import Listener, register_listener
+from pgpubsub_celery.measuring import Report
 from pgpubsub_celery.migrations import check, grant_emit, grant_run, install_sql, register_subscriptions
 from pgpubsub_celery.schema import quote_identifier
 from pgpubsub_celery.settings import sync_url
@@ -811,7 +812,7 @@ def test_a_role_with_the_grants_can_run_a_bridge_and_a_worker(installed_engine: 
     with as_role.begin() as connection:
         taken, transaction = store.take_locked(connection, [claim.rows[0].id], 1)
         assert store.acknowledge_locked(connection, [taken[0].id], transaction) == 1
-        store.report_run_time(connection, id, uuid.uuid4(), 0.1, 1)
+        store.report_run_time(connection, id, uuid.uuid4(), Report(0.1, 1, 2.5))
         assert id in store.run_times(connection, [id])
         assert store.forget_run_times(connection) == 0
 

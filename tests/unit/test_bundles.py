@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pgpubsub_celery.bundles import LANES, Bundling
-from pgpubsub_celery.measuring import CHANGED_SECONDS, REPORT_SECONDS, Means
+from pgpubsub_celery.measuring import CHANGED_SECONDS, REPORT_SECONDS, Means, Report
 
 AUTOMATIC = Bundling(most=200, automatic=True, target=0.1)
 
@@ -68,11 +68,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_the_first_mean_is_reported_at_once_and_then_now_and_then(clock: list[float]) -> None:
     """Bundles are wanted early; a statement for each message is not."""
     means = Means()
-    assert means.add(1, 0.25, 10) == (0.025, 10)
+    assert means.add(1, 0.25, 10) == Report(0.025, 10, None)
     clock[0] += REPORT_SECONDS / 2
     assert means.add(1, 0.25, 10) is None
     clock[0] += REPORT_SECONDS
-    assert means.add(1, 0.25, 10) == (0.025, 30)
+    assert means.add(1, 0.25, 10) == Report(0.025, 30, per_second=20 / (1.5 * REPORT_SECONDS))
 
 
 def test_a_mean_that_has_changed_is_reported_sooner(clock: list[float]) -> None:
