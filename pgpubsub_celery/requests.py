@@ -52,7 +52,10 @@ class ListenerRequest(Request):  # type: ignore[misc]  # celery has no types
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As Celery's; tells the child when somebody listens to events."""
         super().__init__(*args, **kwargs)
-        if self._eventer is not None and self._eventer.enabled and self.task.send_events:
+        events = self._eventer
+        # A worker that sends no events of tasks has a dispatcher all the same, of the group of its own events.
+        of_tasks = events is not None and events.enabled and (not events.groups or "task" in events.groups)
+        if of_tasks and self.task.send_events:
             self._request_dict[WANTED] = True
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:

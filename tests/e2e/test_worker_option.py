@@ -95,16 +95,30 @@ def test_what_cannot_work_is_said_at_the_start(
 
 def test_monitors_see_each_notification_of_a_bundle(shop: Shop, database: Engine) -> None:
     """`-E`: Flower and `celery events` are told of tasks by their own ids, beside the message that carried them."""
+    last = 340
     emit(database, *(app.Order(number=number) for number in range(1, 41)))
     with database.connect() as connection:
         installation = connection.execute(text("SELECT id FROM pgpubsub_installation")).scalar_one()
-    wanted = {notification_task_id(installation, id) for id in range(1, 41)}
+    wanted = {notification_task_id(installation, id) for id in range(1, last + 1)}
     with Celery("monitor", broker=shop.broker_url, set_as_current=False) as celery, Monitor(celery).listening() as told:
         shop.worker(*POOL, "-E", "--pgpubsub", "--pgpubsub-recover")
+        all_done(database, {("order", n): 1 for n in range(1, 41)})
+        # How long they take is known now, so that these are bundled.
+        emit(database, *(app.Order(number=number) for number in range(41, last + 1)))
 
         def ended() -> set[str]:
             return {event["uuid"] for event in told if event["type"] == "task-succeeded"}
 
         eventually(lambda: wanted <= ended(), "each notification has been told of")
-        all_done(database, {("order", n): 1 for n in range(1, 41)})
+        all_done(database, {("order", n): 1 for n in range(1, last + 1)})
         assert ended() > wanted, "the bundles are told of, too"
+
+
+def test_without_events_a_worker_tells_monitors_nothing_of_bundles(shop: Shop, database: Engine) -> None:
+    """As of any task: a worker that does not send their events sends those of itself alone, and pays for no others."""
+    emit(database, *(app.Order(number=number) for number in range(1, 41)))
+    with Celery("monitor", broker=shop.broker_url, set_as_current=False) as celery, Monitor(celery).listening() as told:
+        shop.worker(*POOL, "--pgpubsub", "--pgpubsub-recover")
+        all_done(database, {("order", n): 1 for n in range(1, 41)})
+        eventually(lambda: told, "the worker tells of itself")
+    assert not [event["type"] for event in told if event["type"].startswith("task-")]

@@ -100,3 +100,26 @@ def test_only_a_claim_is_committed_before_it_is_on_disk(installed_engine: Engine
     """Lost with a crash, its rows are waiting again; what comes after it on the same connection is durable."""
     Notifications(installed_engine).claim(connection=session)
     assert session.execute(text("SHOW synchronous_commit")).scalar() == "on"
+
+
+def test_a_claim_planned_on_an_empty_table_finds_rows_by_their_ids_when_it_is_full(
+    notifications: Notifications, session: Connection
+) -> None:
+    """Nobody analyses a table in time: reading all of it, which cost nothing then, would be the plan for ever."""
+    assert notifications.claim(connection=session).rows == []
+    notifications.add(3000)
+    (name,) = names(session)
+    assert len(notifications.claim(connection=session).rows) == 500
+    call = notifications.store._claim.texts(session)[1].text
+    given = ["'{1}'", "'{1000}'", "'{60}'", "'{60}'", "'{false}'", *["'{NULL}'"] * 4, "500", "3"]
+    order = [one.strip() for one in call[call.index("(") + 1 : -1].split(",")]
+    known = dict(zip(PARAMETERS, given, strict=True))
+    plan = session.execute(text(f"EXPLAIN EXECUTE {name} ({', '.join(known[one] for one in order)})")).scalars().all()
+    assert [line for line in plan if "pgpubsub_notification_pkey" in line]
+    assert not [line for line in plan if "Seq Scan" in line]
+
+
+PARAMETERS = [
+    *(":subscriptions", ":limits", ":leases", ":lease_maxima", ":payloads"),
+    *(":waiting_at", ":waiting_id", ":flying", ":expired", ":batch_size", ":max_starts"),
+]
