@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import time
@@ -494,8 +495,11 @@ def in_terminal(
     os.close(its)
     told = b""
     try:
-        while chunk := os.read(ours, 4096):
-            told += chunk
+        # Not until the other side is closed: whoever was forked meanwhile may have it, too.
+        while _readable(ours) or process.poll() is None:
+            if not _readable(ours):
+                continue
+            told += os.read(ours, 4096)
             if meddle is not None:
                 meddle(told.decode(errors="replace"), process)
     except OSError:  # how Linux says that nobody has the other side any more
@@ -507,3 +511,7 @@ def in_terminal(
         process.kill()
     assert process.wait() == 0
     return told.decode()
+
+
+def _readable(file: int) -> bool:
+    return bool(select.select([file], [], [], 0.05)[0])

@@ -21,7 +21,7 @@ def listener(**changed: Any) -> ListenerStatus:
             "channel": "blog.News",
             "listener": "blog.read",
             **dict.fromkeys(("waiting", "delayed", "dispatched", "running", "held", "failed", "overdue"), 0),
-            **dict.fromkeys(("oldest_seconds", "run_seconds", "running_seconds", "last_error")),
+            **dict.fromkeys(("oldest_seconds", "run_seconds", "per_second", "running_seconds", "last_error")),
             "bridges": 1,
             "asleep": True,
             **changed,
