@@ -211,7 +211,7 @@ def _tables(report: Report, found: list[Trouble]) -> Lines:
         parts += ["", _bridges(report)]
     if report.queues:
         queues = new_table("queue", title="Broker")
-        queues.add_column("messages", justify="right")
+        queues.add_column("messages", justify="right", no_wrap=True)
         for name, length in report.queues.items():
             queues.add_row(Text(name), str(length))
         parts += ["", queues]
@@ -226,26 +226,40 @@ def _tables(report: Report, found: list[Trouble]) -> Lines:
 
 
 def _notifications(report: Report) -> Any:
+    rows: list[dict[str, Any]] = [
+        {
+            "waiting": _count(one.waiting),
+            "oldest": told_age(one.oldest_seconds),
+            "delayed": _count(one.delayed),
+            "in flight": _count(one.in_flight),
+            "held": _count(one.held, "yellow"),
+            "failed": _count(one.failed, "red"),
+            "a second": "" if one.per_second is None else f"{one.per_second:,.1f}",
+            "mean run": "" if one.run_seconds is None else _short(one.run_seconds),
+            "doorbell lag": _bell(one),
+            "versions": Text(", ".join(one.versions)),
+        }
+        for one in report.listeners
+    ]
+    # What nobody has anything to say of would only take the others' room.
+    silent = {
+        name for name in ("a second", "mean run", "doorbell lag", "versions") if not any(row[name] for row in rows)
+    }
+    names = [name for name in (rows[0] if rows else ()) if name not in silent]
     table = new_table("channel", "listener", title="Notifications")
-    for name in ("waiting", "oldest", "delayed", "in flight", "held", "failed", "a second", "mean run", "doorbell lag"):
-        table.add_column(name, justify="right")
-    table.add_column("versions")
-    for one in report.listeners:
-        table.add_row(
-            Text(one.channel),
-            Text("none yet", "yellow") if one.listener is None else Text(one.listener),
-            _count(one.waiting),
-            told_age(one.oldest_seconds),
-            _count(one.delayed),
-            _count(one.in_flight),
-            _count(one.held, "yellow"),
-            _count(one.failed, "red"),
-            "" if one.per_second is None else f"{one.per_second:,.1f}",
-            "" if one.run_seconds is None else _short(one.run_seconds),
-            "" if not one.bridges else "awake" if one.doorbell_seconds is None else told_age(one.doorbell_seconds),
-            Text(", ".join(one.versions)),
-        )
+    for name in names:
+        # A number that is cut is another number.
+        table.add_column(name, justify="left" if name == "versions" else "right", no_wrap=name != "versions")
+    for one, row in zip(report.listeners, rows, strict=True):
+        listener = Text("none yet", "yellow") if one.listener is None else Text(one.listener)
+        table.add_row(Text(one.channel), listener, *(row[name] for name in names))
     return table
+
+
+def _bell(one: insights.ListenerStatus) -> str:
+    if not one.bridges:
+        return ""
+    return "awake" if one.doorbell_seconds is None else told_age(one.doorbell_seconds)
 
 
 def _bridges(report: Report) -> Any:

@@ -496,7 +496,9 @@ def in_terminal(
     told = b""
     try:
         # Not until the other side is closed: whoever was forked meanwhile may have it, too.
+        deadline = time.monotonic() + DEADLINE
         while _readable(ours) or process.poll() is None:
+            assert time.monotonic() < deadline, told.decode(errors="replace")
             if not _readable(ours):
                 continue
             told += os.read(ours, 4096)
