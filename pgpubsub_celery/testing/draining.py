@@ -16,7 +16,7 @@ from typing import Any
 from celery import Celery, _state
 from celery.app.trace import build_tracer
 from celery.exceptions import NotRegistered
-from celery.result import AsyncResult, ResultSet
+from celery.result import AsyncResult, ResultSet, allow_join_result
 from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
 
@@ -326,7 +326,8 @@ class _Drainage:
         outcome, error = ACKNOWLEDGED, None
         name = str(row.payload.get("task"))
         try:
-            error = _error_of(load_signature(row.payload, self._app).apply())
+            with allow_join_result():  # a chain waits for its parts; a worker in this process would forbid it
+                error = _error_of(load_signature(row.payload, self._app).apply())
         except NotRegistered:
             outcome = PUBLISHED
         except Exception as exc:  # noqa: BLE001 - it is raised, or told, as the caller wants

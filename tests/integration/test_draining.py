@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from celery import Celery, signals
+from celery._state import task_join_will_block
 from celery.exceptions import Reject
+from celery.result import denied_join_result
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
@@ -420,6 +422,22 @@ def test_enqueued_tasks_run_at_once(app: Celery, blog: Blog, session: Session) -
     with pytest.raises(ValueError, match="enqueued"):
         drain(session)
     assert blog.states(session.connection()) == []
+
+
+def test_a_chain_runs_where_a_worker_forbids_to_wait_for_results(app: Celery, blog: Blog, session: Session) -> None:
+    """A worker forbids it for the whole process, and one that has run in this process may leave it so."""
+    done: list[int] = []
+
+    @app.task(name="draining.link")
+    def link(*numbers: int) -> int:
+        done.append(sum(numbers))
+        return sum(numbers)
+
+    enqueue(session, link.s(1) | link.s(5))
+    with denied_join_result():
+        drain(session)
+        assert task_join_will_block()
+    assert done == [1, 6]
 
 
 def test_tasks_that_listeners_start_run_where_the_application_is_eager(
