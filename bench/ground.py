@@ -145,9 +145,13 @@ class Stage:
         finally:
             self.execute(f"UNLISTEN {channel}")
 
-    def exists(self, table: str, condition: str = "true") -> bool:
-        """Whether a table has such a row."""
-        return bool(self.scalar(f"SELECT EXISTS (SELECT FROM {table} WHERE {condition})"))
+    def last(self, table: str, column: str = "id", condition: str = "true") -> Any:
+        """Return a column of the last such row; None without one.
+
+        From the end: what was worked off, at the beginning, is dead but still there, and reading all of that again and
+        again would take the machine from who is measured.
+        """
+        return self.scalar(f"SELECT {column} FROM {table} WHERE {condition} ORDER BY id DESC LIMIT 1")
 
     def queued(self, queue: str = "celery") -> int:
         """Return how many messages wait in the broker."""

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ from pgpubsub_celery.runs import one_line
 from pgpubsub_celery.schema import VERSION
 from pgpubsub_celery.settings import Settings, sync_url
 from pgpubsub_celery.wakeups import Link, bridge_engine
-from pgpubsub_celery.watch import MOMENT, WORTH_A_LOOK, Looked, Watch
+from pgpubsub_celery.watch import MOMENT, Looked, Watch
 
 if TYPE_CHECKING:
     from pgpubsub_celery.store import Claim
@@ -233,19 +234,17 @@ class Bridge:
         claim = self._claims.claim(link.claims, quotas, batch_size)
         now = time.monotonic()
         _tell(claim, link, listeners)
-        claimed: dict[int, int] = {}
-        for row in claim.rows:
-            if not row.was_lost:  # those are counted in flight already
-                claimed[row.subscription] = claimed.get(row.subscription, 0) + 1
+        # Those that were lost are counted in flight already.
+        claimed = Counter(row.subscription for row in claim.rows if not row.was_lost)
         full = len(claim.rows) >= batch_size
         standings: dict[int, Standing] = {}
         limited, soon = False, float("inf")
         for quota in quotas:
             id, in_flight = quota.subscription, claim.in_flight.get(quota.subscription, 0)
-            self._claims.paces[id].observe(in_flight, claimed.get(id, 0), now)
-            used_up = in_flight + claimed.get(id, 0) >= quota.limit
+            self._claims.paces[id].observe(in_flight, claimed[id], now)
+            used_up = in_flight + claimed[id] >= quota.limit
             if used_up:
-                limited, soon = True, min(soon, self._claims.paces[id].seconds_for(quota.limit / 4))
+                limited, soon = True, min(soon, self._claims.paces[id].seconds_for(quota.limit / 3))
             standings[id] = Standing(in_flight=in_flight, more=full or used_up)
         if claim.rows and now >= self._measure_at:
             self._measure_at = now + MEASURE_SECONDS
@@ -258,7 +257,7 @@ class Bridge:
             raise
         if claim.rows:
             # Where the next claim follows at once, it need not wait for this to be published.
-            overlaps = self._outage is None and (full or (limited and len(claim.rows) >= WORTH_A_LOOK))
+            overlaps = full and self._outage is None
             self._batch = dispatcher.begin(claim.rows, standings, self._thread if overlaps else None)
             if not overlaps:
                 self.finish(link, dispatcher)

@@ -117,12 +117,11 @@ class Dispatcher:
     ) -> Batch:
         """Build the messages of claimed rows; with a `thread`, publish them there from now on, else in `finish`."""
         fresh = Counter(row.subscription for row in claimed if row.dispatches == 1)
-        addresses = {
-            id: self._address(id, fresh[id], (standings or {}).get(id, _NEW))
-            for id in {row.subscription for row in claimed}
-        }
-        enqueued = [row for row in claimed if self._listeners[row.subscription].channel is EnqueuedTask]
-        others = [row for row in claimed if self._listeners[row.subscription].channel is not EnqueuedTask]
+        subscriptions = {row.subscription for row in claimed}
+        addresses = {id: self._address(id, fresh[id], (standings or {}).get(id, _NEW)) for id in subscriptions}
+        of_tasks = {id for id in subscriptions if self._listeners[id].channel is EnqueuedTask}
+        enqueued = [row for row in claimed if row.subscription in of_tasks]
+        others = [row for row in claimed if row.subscription not in of_tasks]
         messages = build_messages(others, addresses, self._installation, self._database)
         publications: list[Publication] = [functools.partial(_publish_enqueued, row) for row in enqueued]
         publications += [functools.partial(self._publisher.publish, message) for message in messages]

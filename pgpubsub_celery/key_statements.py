@@ -6,6 +6,8 @@ besides. Pure text; what the caller's transaction must be is said in `keyed`.
 
 from __future__ import annotations
 
+from pgpubsub_celery.statements import PUT_UNDER_LEASE
+
 # Like any claim's, the commit need not wait for the disk (statements.CLAIM says why).
 LOCK = """
 SELECT s AS subscription
@@ -35,7 +37,8 @@ WHERE pg_try_advisory_xact_lock({p}pgpubsub_lock_key('claim', CAST(s AS text)))
 #
 # Rows are locked last, and what somebody else has locked is left: it takes along those that come after it in its key,
 # or that supersede it. `+ 0` and `= ANY (ARRAY(…))` as in statements.CLAIM.
-CLAIM = """
+CLAIM = (
+    """
 WITH quota AS MATERIALIZED (
     SELECT subscription, most, lease, lease_max, with_payload, ordered, passes, is_unique, run, turn,
         coalesce(from_at, '-infinity') AS from_at, coalesce(from_id, 0) AS from_id,
@@ -189,8 +192,8 @@ WITH quota AS MATERIALIZED (
         l.id IS NOT NULL AND o.id IS NOT NULL AS be_dropped
     ) may
 ), picked AS MATERIALIZED (
-    SELECT id, available_at AS due, true AS was_lost FROM again
-    UNION ALL SELECT id, available_at, false FROM judged WHERE be_claimed AND (key IS NULL OR in_turn)
+    SELECT id, true AS was_lost FROM again
+    UNION ALL SELECT id, false FROM judged WHERE be_claimed AND (key IS NULL OR in_turn)
 ), superseded AS (
     DELETE FROM {n} d WHERE d.id = ANY (ARRAY(SELECT o.id FROM older o JOIN locked l ON l.id = o.id))
     RETURNING d.id, d.subscription + 0 AS subscription
@@ -200,24 +203,11 @@ WITH quota AS MATERIALIZED (
     WHERE b.id = ANY (ARRAY(SELECT id FROM lost EXCEPT SELECT id FROM again))
     RETURNING b.id, b.subscription + 0 AS subscription
 ), claimed AS (
-    UPDATE {n} n SET
-        state = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN 'failed' ELSE 'dispatched' END,
-        owner = NULL,
-        dispatches = n.dispatches + 1,
-        available_at = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN NULL
-            ELSE now() + make_interval(secs => least(q.lease * power(2, least(n.dispatches, 30)), q.lease_max)) END,
-        failed_at = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN now() END,
-        error = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN
-            'started ' || n.starts || ' times and never finished: '
-                || 'its worker was lost each time (killed, out of memory, or power)'
-        END
-    FROM quota q
-    WHERE n.id = ANY (ARRAY(SELECT id FROM picked)) AND q.subscription = n.subscription + 0
-    RETURNING n.id, n.subscription, n.state, n.dispatches, n.retries, n.operation, n.created_at, n.ordering_key,
-        CASE WHEN q.with_payload THEN n.payload END AS payload, CASE WHEN q.with_payload THEN n.context END AS context,
-        CASE WHEN q.with_payload THEN n.db_version END AS db_version
-)
-SELECT c.*, p.was_lost, NULL AS in_flight, NULL AS now, NULL AS seen, NULL AS seen_at, NULL AS seen_id,
+"""
+    + PUT_UNDER_LEASE
+    + """)
+SELECT c.id, c.subscription, c.dispatches, c.retries, c.operation, c.created_at, c.payload, c.context, c.db_version,
+    c.ordering_key, p.was_lost, c.state, NULL AS in_flight, NULL AS now, NULL AS seen, NULL AS seen_at, NULL AS seen_id,
     NULL AS is_all, NULL AS walked, NULL AS last_key, NULL AS superseded, NULL AS put_back
 FROM claimed c JOIN picked p ON p.id = c.id
 UNION ALL
@@ -241,6 +231,7 @@ CROSS JOIN LATERAL (
 LEFT JOIN seen upto ON upto.subscription = r.subscription
     AND upto.place = CASE WHEN last.is_all THEN seen.count ELSE last.seen_place END
 """
+)
 
 # Of ordered subscriptions: when the next row becomes due that was not at the last claim, or the next lease ends. What
 # was due then waits for others of its key, or is locked: whoever ends that rings.

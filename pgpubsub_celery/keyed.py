@@ -25,7 +25,7 @@ from pgpubsub_celery.drivers import sqlstate
 from pgpubsub_celery.prepared import Prepared
 from pgpubsub_celery.schema import Names
 from pgpubsub_celery.statements import filter_condition
-from pgpubsub_celery.store import BOUND_SECONDS, Claim, Quota, claimed_row
+from pgpubsub_celery.store import BOUND_SECONDS, Claim, Quota, told_by_claim
 
 WINDOW = 100
 """Due rows and keys that a claim looks at in each subscription, at least; else a batch's worth."""
@@ -139,14 +139,11 @@ class KeyedStore:
                 raise
             granted, result = self._locked_claim(connection, wanted, parameters)
         mine = [quota for quota in quotas if quota.subscription in granted]
-        claimed = [row for row in result if row.id is not None]
-        rows = [claimed_row(row, row.ordering_key) for row in claimed if row.state != "failed"]
-        given_up = [claimed_row(row) for row in claimed if row.state == "failed"]
-        stands = {row.subscription: row for row in result if row.id is None}
+        rows, given_up, stands = told_by_claim(result)
         goes_on = {quota.subscription: _cursor(quota, stands[quota.subscription], parameters) for quota in mine}
         superseded = {id: stand.superseded for id, stand in stands.items() if stand.superseded}
         return KeyedClaim(
-            rows=sorted(rows, key=lambda row: row.id),
+            rows=rows,
             failed=len(given_up),
             given_up=given_up,
             lost=sum(row.was_lost for row in rows),

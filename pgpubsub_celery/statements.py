@@ -16,12 +16,33 @@ TAKEN = (
     "n.starts, n.retries, n.ordering_key"
 )
 
+# What a claim does to the rows that it has `picked`, each under its `quota`; returns what store.Claimed says of them.
 # `= ANY (ARRAY(…))` rather than IN: the latter turns to a sequential scan at larger batches.
 # `+ 0` keeps the planner, with statistics from before a burst, from finding the rows by their subscription.
+PUT_UNDER_LEASE = """
+    UPDATE {n} n SET
+        state = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN 'failed' ELSE 'dispatched' END,
+        owner = NULL,
+        dispatches = n.dispatches + 1,
+        available_at = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN NULL
+            ELSE now() + make_interval(secs => least(q.lease * power(2, least(n.dispatches, 30)), q.lease_max)) END,
+        failed_at = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN now() END,
+        error = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN
+            'started ' || n.starts || ' times and never finished: '
+                || 'its worker was lost each time (killed, out of memory, or power)'
+        END
+    FROM quota q
+    WHERE n.id = ANY (ARRAY(SELECT id FROM picked)) AND q.subscription = n.subscription + 0
+    RETURNING n.id, n.subscription, n.dispatches, n.retries, n.operation, n.created_at,
+        CASE WHEN q.with_payload THEN n.payload END AS payload, CASE WHEN q.with_payload THEN n.context END AS context,
+        CASE WHEN q.with_payload THEN n.db_version END AS db_version, n.ordering_key, n.state
+"""
+
 # in_flight is counted by the same statement, from the index, at most a quota's worth of entries of each state.
 # It need not reach the disk before its messages are published, which is most of the time that a quiet claim takes: if
 # Postgres crashes before it does, the rows are waiting again, and of two messages with one count the first takes them.
-CLAIM = """
+CLAIM = (
+    """
 WITH quickly AS MATERIALIZED (
     SELECT pg_catalog.set_config('synchronous_commit', 'off', true)
 ), quota AS MATERIALIZED (
@@ -44,15 +65,15 @@ WITH quickly AS MATERIALIZED (
         ) f
     ) flying
 ), lost AS MATERIALIZED (
-    SELECT l.id, l.available_at FROM quota q CROSS JOIN (VALUES ('dispatched'), ('running')) AS flying (state)
+    SELECT l.id FROM quota q CROSS JOIN (VALUES ('dispatched'), ('running')) AS flying (state)
     CROSS JOIN LATERAL (
-        SELECT c.id, c.available_at FROM {n} c
+        SELECT c.id FROM {n} c
         WHERE c.subscription = q.subscription AND c.state = flying.state
             AND c.available_at >= q.expired_from AND c.available_at <= now(){filter}
         ORDER BY c.available_at, c.id LIMIT least(q.most, CAST(:batch_size AS int)) FOR UPDATE SKIP LOCKED
     ) l LIMIT CAST(:batch_size AS int)
 ), fresh AS MATERIALIZED (
-    SELECT w.id, w.available_at FROM quota q CROSS JOIN LATERAL (
+    SELECT q.subscription, w.id, w.available_at FROM quota q CROSS JOIN LATERAL (
         SELECT c.id, c.available_at FROM {n} c
         WHERE c.subscription = q.subscription AND c.state = 'waiting'
             AND (c.available_at, c.id) >= (q.waiting_at, q.waiting_id) AND c.available_at <= now(){filter}
@@ -60,31 +81,24 @@ WITH quickly AS MATERIALIZED (
         LIMIT greatest(0, least(q.most - q.in_flight, CAST(:batch_size AS int))) FOR UPDATE SKIP LOCKED
     ) w LIMIT greatest(0, CAST(:batch_size AS int) - (SELECT count(*) FROM lost))
 ), picked AS (
-    SELECT id, available_at AS due, true AS was_lost FROM lost UNION ALL SELECT id, available_at, false FROM fresh
+    SELECT id, true AS was_lost FROM lost UNION ALL SELECT id, false FROM fresh
 ), claimed AS (
-    UPDATE {n} n SET
-        state = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN 'failed' ELSE 'dispatched' END,
-        owner = NULL,
-        dispatches = n.dispatches + 1,
-        available_at = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN NULL
-            ELSE now() + make_interval(secs => least(q.lease * power(2, least(n.dispatches, 30)), q.lease_max)) END,
-        failed_at = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN now() END,
-        error = CASE WHEN n.starts >= CAST(:max_starts AS int) THEN
-            'started ' || n.starts || ' times and never finished: '
-                || 'its worker was lost each time (killed, out of memory, or power)'
-        END
-    FROM quota q
-    WHERE n.id = ANY (ARRAY(SELECT id FROM picked)) AND q.subscription = n.subscription + 0
-    RETURNING n.id, n.subscription, n.state, n.dispatches, n.retries, n.operation, n.created_at,
-        CASE WHEN q.with_payload THEN n.payload END AS payload, CASE WHEN q.with_payload THEN n.context END AS context,
-        CASE WHEN q.with_payload THEN n.db_version END AS db_version
-)
-SELECT c.*, p.due, p.was_lost, NULL AS in_flight, NULL AS earliest, NULL AS now
+"""
+    + PUT_UNDER_LEASE
+    + """)
+SELECT c.id, c.subscription, c.dispatches, c.retries, c.operation, c.created_at, c.payload, c.context, c.db_version,
+    NULL AS ordering_key, p.was_lost, c.state, NULL AS in_flight, NULL AS earliest, NULL AS now, NULL AS last_at,
+    NULL AS last_id
 FROM claimed c JOIN picked p ON p.id = c.id
 UNION ALL
-SELECT NULL, q.subscription, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, q.in_flight, q.earliest, now()
-FROM quota q
+SELECT NULL, q.subscription, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, q.in_flight, q.earliest, now(),
+    last.available_at, last.id
+FROM quota q LEFT JOIN (
+    SELECT DISTINCT ON (subscription) subscription, available_at, id FROM fresh
+    ORDER BY subscription, available_at DESC, id DESC
+) last ON last.subscription = q.subscription
 """
+)
 
 NEXT_DUE = """
 SELECT extract(epoch FROM min(d.available_at) - clock_timestamp())

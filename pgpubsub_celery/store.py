@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import operator
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -73,9 +75,8 @@ class Quota:
     """What the last claim returned in `bounds`, if it did."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Claimed:
-    """A row that a claim has put under lease, as the bridge sees it: ids, not contents."""
+class Claimed(NamedTuple):
+    """A row that a claim has put under lease, as the bridge sees it: ids, not contents. The first of its columns."""
 
     id: int
     subscription: int
@@ -86,10 +87,10 @@ class Claimed:
     payload: Any = None
     context: Any = None
     db_version: str | None = None
-    was_lost: bool = False
-    """It had been published before, and its lease ran out."""
     ordering_key: str | None = None
     """Of a subscription that is ordered by it."""
+    was_lost: bool = False
+    """It had been published before, and its lease ran out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,11 @@ class Taken(NamedTuple):
     starts: int
     retries: int
     ordering_key: str | None = None
+
+
+_OF_CLAIMED, _OF_TAKEN = len(Claimed._fields), len(Taken._fields)
+
+_by_id = operator.attrgetter("id")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,17 +229,14 @@ class Store:
                 "max_starts": max_starts,
             },
         ).all()
-        claimed = [row for row in result if row.id is not None]
-        # UPDATE … RETURNING has no order; ids follow the order in which the rows were stored.
-        rows = sorted((claimed_row(row) for row in claimed if row.state != "failed"), key=lambda row: row.id)
-        stands = {row.subscription: row for row in result if row.id is None}
+        rows, given_up, stands = told_by_claim(result)
         return Claim(
             rows=rows,
-            failed=len(claimed) - len(rows),
-            given_up=[claimed_row(row) for row in claimed if row.state == "failed"],
+            failed=len(given_up),
+            given_up=given_up,
             lost=sum(row.was_lost for row in rows),
             in_flight={subscription: stand.in_flight for subscription, stand in stands.items()},
-            bounds=_bounds(quotas, claimed, stands, full=len(claimed) >= batch_size),
+            bounds=_bounds(quotas, [*rows, *given_up], stands, full=len(rows) + len(given_up) >= batch_size),
         )
 
     def next_due(self, connection: Connection, subscriptions: Sequence[int]) -> float | None:
@@ -630,44 +633,35 @@ def shorten(value: str, limit: int) -> str:
     return f"{value[:head]}\n... {len(value) - limit} characters left out ...\n{value[-(limit - head) :]}"
 
 
-def claimed_row(row: Any, ordering_key: str | None = None) -> Claimed:
-    """Return a row that a claim's statement has returned."""
-    return Claimed(
-        id=row.id,
-        subscription=row.subscription,
-        dispatches=row.dispatches,
-        retries=row.retries,
-        operation=row.operation,
-        created_at=row.created_at,
-        payload=row.payload,
-        context=row.context,
-        db_version=row.db_version,
-        was_lost=row.was_lost,
-        ordering_key=ordering_key,
-    )
+def told_by_claim(result: Sequence[Any]) -> tuple[list[Claimed], list[Claimed], dict[int, Any]]:
+    """Return what a claim's statement says: rows claimed, by id, rows given up, and how each subscription stands."""
+    stands = {row.subscription: row for row in result if row[0] is None}
+    # A class of attributes, filled by name, would cost more than all else that the bridge does for a row.
+    told = [(Claimed._make(row[:_OF_CLAIMED]), row[_OF_CLAIMED]) for row in result if row[0] is not None]
+    # UPDATE … RETURNING has no order; ids follow the order in which the rows were stored.
+    rows = sorted((row for row, state in told if state != "failed"), key=_by_id)
+    return rows, [row for row, state in told if state == "failed"], stands
 
 
 def _bounds(
-    quotas: Sequence[Quota], claimed: Sequence[Any], stands: Mapping[int, Any], *, full: bool
+    quotas: Sequence[Quota], claimed: Sequence[Claimed], stands: Mapping[int, Any], *, full: bool
 ) -> dict[int, Bound]:
     """Return where the claim stood in the subscriptions that it may have left something of.
 
     A claim that took less than it was allowed ends the drain: the next one looks at everything. So a bound that is
     wrong, because the clock was set back say, cures itself.
     """
-    fresh: dict[int, list[Any]] = {}
-    for row in claimed:
-        if not row.was_lost:
-            fresh.setdefault(row.subscription, []).append(row)
+    fresh = Counter(row.subscription for row in claimed if not row.was_lost)
     bounds = {}
     for quota in quotas:
-        stand, rows, before = stands[quota.subscription], fresh.get(quota.subscription, []), quota.bound
+        stand, before = stands[quota.subscription], quota.bound
         lease_end = stand.now + datetime.timedelta(seconds=quota.lease)
         began = stand.now if before is None else before.began
         in_time = datetime.timedelta(0) <= stand.now - began < datetime.timedelta(seconds=BOUND_SECONDS)
-        if in_time and (full or stand.in_flight + len(rows) >= quota.limit):
+        if in_time and (full or stand.in_flight + fresh[quota.subscription] >= quota.limit):
+            last = None if before is None else before.waiting
             bounds[quota.subscription] = Bound(
-                waiting=max(((row.due, row.id) for row in rows), default=None if before is None else before.waiting),
+                waiting=last if stand.last_id is None else (stand.last_at, stand.last_id),
                 # What is in flight now, or will be from now on.
                 flying=min(stand.earliest or lease_end, lease_end),
                 seen=stand.now,
@@ -677,11 +671,11 @@ def _bounds(
 
 
 def _in_order(rows: Sequence[Any]) -> list[Taken]:
-    return sorted((_taken(row) for row in rows), key=lambda taken: taken.id)
+    return sorted(map(_taken, rows), key=_by_id)
 
 
 def _taken(row: Any) -> Taken:
-    return Taken._make(row[: len(Taken._fields)])
+    return Taken._make(row[:_OF_TAKEN])
 
 
 def _sql(template: str, **names: str) -> TextClause:

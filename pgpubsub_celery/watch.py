@@ -32,9 +32,6 @@ BUSY_MOMENT = 0.05
 QUOTA_MOMENT = 0.02
 """Seconds between two looks while a quota is used up: one look then takes what several workers have finished."""
 
-WORTH_A_LOOK = 100
-"""Notifications that make one look worth the next at once: quick workers would be idle for that moment."""
-
 FULL_MOMENT = 1.0
 """Seconds between two looks, at most, while all that is due is in flight, or locked by a run that outlives its
 lease."""
@@ -57,7 +54,7 @@ class Looked:
     limited: bool
     """A quota was used up: there may be more."""
     soon: float
-    """Seconds in which a quarter of a quota that was used up should be free again."""
+    """Seconds in which a good part of a quota that was used up should be free again."""
     outage: BaseException | None
     in_flight: Mapping[int, int]
     """Before it, by subscription."""
@@ -117,7 +114,7 @@ class Watch:
         if looked.claimed:
             self._empty = 0
             if looked.limited:
-                return 0.0 if looked.claimed >= WORTH_A_LOOK else max(MOMENT, min(QUOTA_MOMENT, looked.soon))
+                return max(MOMENT, min(QUOTA_MOMENT, looked.soon))
             if self._link.asleep and not self._under_load():
                 return 0.0  # one more look: what is claimed alone says nothing of what else is due
             self._link.open_doors()

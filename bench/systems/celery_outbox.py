@@ -9,7 +9,7 @@ RELAY = ("celery_outbox_relay", "--batch-size", "500")
 
 
 def _unfinished(stage: Stage) -> bool:
-    return stage.exists("celery_outbox") or stage.unfinished() > 0
+    return stage.last("celery_outbox") is not None or stage.unfinished() > 0
 
 
 SYSTEM = System(

@@ -7,7 +7,7 @@ from bench.systems import System
 
 
 def _unfinished(stage: Stage) -> bool:
-    return stage.exists("pgpubsub_notification")
+    return stage.last("pgpubsub_notification") is not None
 
 
 SYSTEM = System(

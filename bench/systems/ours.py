@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from bench.ground import Stage
+from bench.processes import MeasurementError
 from bench.systems import WORKER, System
 
 CHANNELS = {
@@ -25,9 +26,10 @@ def bridge(variant: str, *options: str) -> list[str]:
 
 
 def _unfinished(stage: Stage) -> bool:
-    if stage.exists("pgpubsub_notification", "state = 'failed'"):
-        raise AssertionError(stage.scalar("SELECT error FROM pgpubsub_notification WHERE state = 'failed'"))
-    return stage.exists("pgpubsub_notification")
+    state = stage.last("pgpubsub_notification", "state")
+    if state == "failed":
+        raise MeasurementError(stage.last("pgpubsub_notification", "error"))
+    return state is not None
 
 
 def variant(name: str) -> System:

@@ -12,7 +12,7 @@ from bench.systems import System
 
 
 def _unfinished(stage: Stage) -> bool:
-    return stage.exists("pgqueuer")
+    return stage.last("pgqueuer") is not None
 
 
 def batched(size: int, processes: int = 1) -> System:

@@ -7,7 +7,7 @@ from bench.systems import System
 
 
 def _unfinished(stage: Stage) -> bool:
-    return stage.exists("procrastinate_jobs", "status IN ('todo', 'doing')")
+    return stage.last("procrastinate_jobs", condition="status IN ('todo', 'doing')") is not None
 
 
 SYSTEM = System(
