@@ -27,7 +27,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from pgpubsub_celery import runs
+from pgpubsub_celery import runs, tracing
 from pgpubsub_celery.channels import TriggerChannel
 from pgpubsub_celery.errors import DecodeError, PgPubSubError, SettingsError
 from pgpubsub_celery.listeners import Listener
@@ -132,6 +132,7 @@ class Delivery:
         # A notification alone is its message: Celery tells of that.
         wanted = not self.single and WANTED in request
         self._telling = Telling(task.app, request) if wanted else None
+        self._spans = tracing.tracer()
         self.ordered = self.listener.channel.ordering_key is not None
         self._blocked: dict[str, int] = {}
         """Ordering keys of which one was not finished, with its id: what comes behind it is not run."""
@@ -261,9 +262,12 @@ class Delivery:
         """Return the run of one row, or of several that their listener is given as a list."""
         if self.listener.batch is None:
             (row,) = rows
-            return Run(self.task, row, self.task_id(row), invoke)
-        task_id = self.task_id(rows[0]) if len(rows) == 1 else str(uuid.uuid4())
-        return BatchRun(self.task, rows, task_id, invoke)
+            run = Run(self.task, row, self.task_id(row), invoke)
+        else:
+            task_id = self.task_id(rows[0]) if len(rows) == 1 else str(uuid.uuid4())
+            run = BatchRun(self.task, rows, task_id, invoke)
+        run.tracer = self._spans
+        return run
 
     def parts(self, rows: Sequence[Taken], arguments: Sequence[Arguments]) -> list[Part]:
         """Return what is to be run, part by part: a row each; where the listener is given a list, all in one.
@@ -347,13 +351,10 @@ class Delivery:
     def _trace(self, run: Run, arguments: dict[str, Any] | DecodeError) -> None:
         if isinstance(arguments, DecodeError):
             run.undecodable, arguments = arguments, {}
-        own: dict[str, Any] = {
-            "id": run.task_id,
-            "retries": run.taken.retries,
-            "kwargsrepr": run.described,
-        }
+        own: dict[str, Any] = {"id": run.task_id, "retries": run.taken.retries, "kwargsrepr": run.described}
         if not self.single:
-            own |= {"root_id": run.task_id, "headers": dict(self._common_request["headers"])}
+            own["root_id"] = run.task_id
+            own["headers"] = self._common_request["headers"].copy()
         # What an earlier run of a bundle asked for with retry(max_retries=…) is not this one's.
         self.task.__dict__.pop("override_max_retries", None)
         if self._shortcut is not None and run.undecodable is None and self._shortcut.run(run, arguments, own):

@@ -231,6 +231,7 @@ class _Chunk:
         if self._delivery.single:
             inside.before_return = lambda: self._commit_inside(run)
         self._delivery.trace(run, arguments)
+        run.let_go()
         if inside.committed and run.outcome in (RETRY, FAILED, RELEASED, SPLIT):
             # Its savepoint is released, so only the whole transaction can take back what it did.
             self._transaction.lose()

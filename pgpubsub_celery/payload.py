@@ -79,13 +79,20 @@ def decode_message(channel: type[Channel], payload: Mapping[str, Any]) -> Channe
     return message
 
 
+_checked: dict[Any, Dataclass] = {}
+"""The codecs of channels that are declared as they must be."""
+
+
 def _codec_of(channel: type[Channel]) -> Dataclass:
-    check_declared(channel)
-    if issubclass(channel, TriggerChannel):
-        raise ChannelError(
-            f"{channel.name()} is a trigger channel: it has no messages, its table's rows are its payload."
-        )
-    return codec_of(channel, path_of(channel))
+    codec = _checked.get(channel)
+    if codec is None:
+        check_declared(channel)
+        if issubclass(channel, TriggerChannel):
+            raise ChannelError(
+                f"{channel.name()} is a trigger channel: it has no messages, its table's rows are its payload."
+            )
+        codec = _checked[channel] = codec_of(channel, path_of(channel))
+    return codec
 
 
 def _encode(channel: type[Channel], codec: Codec, value: Any, step: str = "") -> Any:

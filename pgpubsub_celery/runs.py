@@ -27,6 +27,8 @@ from pgpubsub_celery.store import Taken
 from pgpubsub_celery.tracing import Told, continued, of_notification
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
+
     from pgpubsub_celery.tasks import ListenerTask
 
 logger = logging.getLogger(__name__)
@@ -98,29 +100,34 @@ class NotificationInfo:
 class Run:
     """One notification, the request that it is in Celery, and what became of it."""
 
+    # Of the class until set: most runs of a bundle set one of them.
+    outcome: str = PENDING
+    error: BaseException | None = None
+    error_text: str | None = None
+    seconds: float = 0.0
+    """How long a listener that did not return had been running."""
+    retry_options: dict[str, Any] | None = None
+    """What `retry()` asked for: retries, countdown, eta."""
+    undecodable: Exception | None = None
+    """Raised instead of calling the listener."""
+    replay: Exception | None = None
+    """What the run has raised: raised once more, for Celery's tracer."""
+    acknowledge: Acknowledging | None = None
+    is_transient: Callable[[Exception], bool] | None = None
+    """Whether an error is circumstance's, and not the listener's."""
+    retry_message: Callable[..., Any] | None = None
+    """Makes the message that a retry sends, for runs without a row."""
+    tracer: Tracer | None = None
+    """What makes its span."""
+    _begun = False
+
     def __init__(self, task: ListenerTask, taken: Taken, task_id: str, invoke: Callable[..., Any]) -> None:
         """`invoke(call, kwargs)` calls the listener with what it is given besides its fields."""
         self.task = task
         self.listener: Listener = task.listener
         self.taken = taken
         self.task_id = task_id
-        self.outcome = PENDING
-        self.error: BaseException | None = None
-        self.error_text: str | None = None
-        self.seconds = 0.0
-        """How long a listener that did not return had been running."""
-        self.retry_options: dict[str, Any] | None = None
-        """What `retry()` asked for: retries, countdown, eta."""
-        self.undecodable: Exception | None = None
-        """Raised instead of calling the listener."""
-        self.replay: Exception | None = None
-        """What the run has raised: raised once more, for Celery's tracer."""
-        self.acknowledge: Acknowledging | None = None
-        self.is_transient: Callable[[Exception], bool] = _never
-        self.retry_message: Callable[..., Any] | None = None
-        """Makes the message that a retry sends, for runs without a row."""
         self._invoke = invoke
-        self._begun = False
 
     @property
     def rows(self) -> Sequence[Taken]:
@@ -203,7 +210,7 @@ class Run:
         try:
             if self.undecodable is not None:
                 raise self.undecodable
-            with continued(self.taken.context, self._span):
+            with continued(self.taken.context, self.tracer, self._span):
                 result = self._invoke(call, kwargs)
         except Retry as exc:
             self._note(RETRY, exc)
@@ -219,7 +226,7 @@ class Run:
             self._note(DONE if self.retry_options is None else RETRY)
             raise
         except Exception as exc:
-            if not self.is_transient(exc):
+            if self.is_transient is None or not self.is_transient(exc):
                 if len(self.rows) > 1:
                     self._note(SPLIT, exc)
                     logger.warning(
@@ -236,6 +243,10 @@ class Run:
             raise Ignore(f"given back: {one_line(exc)}") from exc
         self._note(DONE if self.retry_options is None else RETRY)
         return result
+
+    def let_go(self) -> None:
+        """Forget who has called it: what refers to itself would be left to the garbage collector, run after run."""
+        self._invoke, self.is_transient, self.retry_message = _over, None, None
 
     def retry_signature(self, request: Any, *args: Any, **options: Any) -> Any:
         """Return what `Task.retry` sends: here, a record of when the row is due again."""
@@ -289,6 +300,10 @@ class _RetryRecord:
         self._run.retry_options = {name: self._options.get(name) for name in ("retries", "countdown", "eta")}
 
 
+def _over(*_: Any) -> None:
+    raise RuntimeError("this run is over")
+
+
 def one_line(error: BaseException) -> str:
     """Return the error's type and message in one line, without a statement's parameters."""
     message = str(error)
@@ -309,10 +324,6 @@ def render_traceback(error: BaseException) -> str:
             cause.hide_parameters = True
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return "".join(traceback.format_exception(type(error), error, error.__traceback__))
-
-
-def _never(_: Exception) -> bool:
-    return False
 
 
 class _Stack(threading.local):

@@ -7,6 +7,7 @@ reaches a worker is `delivery`'s; a task called directly, by `.delay()` or eager
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -98,12 +99,9 @@ class ListenerTask(Task):  # type: ignore[misc]  # celery has no types
             return await self.coroutine_function(*args, **filled)
 
     def _run_user(self, *args: Any, **kwargs: Any) -> Any:
-        # An application's task class may wrap every call (Flask's application context); Celery's own __call__
-        # would only push a second, empty request.
-        for cls in type(self).__mro__[type(self).__mro__.index(ListenerTask) + 1 :]:
-            if "__call__" in cls.__dict__:
-                return self.run(*args, **kwargs) if cls is Task else cls.__call__(self, *args, **kwargs)
-        return self.run(*args, **kwargs)
+        cls: Any = type(self)
+        wrapper = _wrapper_of(cls)
+        return self.run(*args, **kwargs) if wrapper is None else wrapper(self, *args, **kwargs)
 
     @property
     def notification(self) -> NotificationInfo | None:
@@ -131,6 +129,17 @@ class ListenerTask(Task):  # type: ignore[misc]  # celery has no types
                 "call enqueue(session, signature) in the listener's transaction instead."
             )
         return super().replace(sig)
+
+
+@functools.cache
+def _wrapper_of(task: Any) -> Callable[..., Any] | None:
+    """Return what the application's task class wraps every call in (Flask's application context), if it does.
+
+    Celery's own `__call__` would only push a second, empty request.
+    """
+    classes = task.__mro__[task.__mro__.index(ListenerTask) + 1 :]
+    cls = next((cls for cls in classes if "__call__" in cls.__dict__), Task)
+    return None if cls is Task else cls.__call__
 
 
 def _on_unknown(sender: Any = None, message: Any = None, **_: Any) -> None:

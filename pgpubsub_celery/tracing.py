@@ -40,7 +40,10 @@ class Told:
 
 
 def tracer() -> Tracer | None:
-    """Return what makes our spans; None where nobody has set a tracer provider."""
+    """Return what makes our spans; None where nobody has set a tracer provider.
+
+    Asking costs more than most of what is done for a notification in a bundle: ask once for all.
+    """
     # Whoever has set one has imported this.
     trace = sys.modules.get("opentelemetry.trace")
     if trace is None or isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
@@ -87,18 +90,25 @@ def emitting(caller: str, channels: Callable[[], Collection[str]], count: int) -
             raise
 
 
+def continued(
+    context: Mapping[str, Any] | None, ours: Tracer | None = None, told: Callable[[], Told] | None = None
+) -> contextlib.AbstractContextManager[None]:
+    """Go on with the writer's trace within the block, in a consumer's span of `ours` where `told` says what of."""
+    if ours is None and (not context or "opentelemetry.trace" not in sys.modules):
+        return _NOTHING
+    parent = extracted(context)
+    return _NOTHING if ours is None and parent is None else _continuing(parent, ours, told)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
 @contextlib.contextmanager
-def continued(context: Mapping[str, Any] | None, told: Callable[[], Told] | None = None) -> Iterator[None]:
-    """Go on with the writer's trace within the block, in a consumer's span of its own where `told` says what of."""
-    if "opentelemetry.trace" not in sys.modules:
-        yield
-        return
+def _continuing(parent: Any, ours: Tracer | None, told: Callable[[], Told] | None) -> Iterator[None]:
     from opentelemetry import context as current
 
-    parent = extracted(context)
     token = None if parent is None else current.attach(parent)
     try:
-        ours = None if told is None else tracer()
         if ours is None or told is None:
             yield
         else:

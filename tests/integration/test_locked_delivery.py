@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -132,6 +133,22 @@ def test_the_request_is_that_of_a_task_of_its_own(bundled: Work) -> None:
     assert ids == list(message.envelope.ids)
     assert len({request.id for request, _ in bundled.seen}) == 2
     assert all(request.called_directly is False for request, _ in bundled.seen)
+
+
+def test_a_bundle_leaves_nothing_to_the_garbage_collector(bundled: Work) -> None:
+    """Thousands of runs a second, each with a reference to itself, would cost a fifth of them."""
+    bundled.emit(*range(50))
+    bundled.deliveries.run()
+    bundled.emit(*range(50, 100))
+    (message,) = bundled.deliveries.claim()
+    gc.collect()
+    gc.disable()
+    try:
+        bundled.deliveries.deliver(message)
+        assert gc.collect() < 50
+    finally:
+        gc.enable()
+    assert len(bundled.effects) == 100
 
 
 def test_a_second_delivery_of_the_same_message_does_nothing(work: Work) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -82,6 +83,22 @@ def test_a_finished_run_is_acknowledged(work: Work) -> None:
     work.deliveries.run()
     assert work.calls == [(1, 0)]
     assert work.states == []
+
+
+def test_a_bundle_leaves_nothing_to_the_garbage_collector(bundled: Work) -> None:
+    """No run has a reference to itself."""
+    bundled.emit(*range(10))
+    bundled.deliveries.run()
+    bundled.emit(*range(10, 20))
+    (message,) = bundled.deliveries.claim()
+    gc.collect()
+    gc.disable()
+    try:
+        bundled.deliveries.deliver(message)
+        assert gc.collect() < 10
+    finally:
+        gc.enable()
+    assert len(bundled.calls) == 20
 
 
 def test_while_it_runs_the_row_is_running_and_no_transaction_is_open(work: Work) -> None:
