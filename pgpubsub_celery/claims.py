@@ -69,8 +69,8 @@ class Claims:
         pace = self.paces.get(id)
         if pace is None:
             pace = self.paces[id] = Pace(self._settings.max_in_flight, lease)
-        # Rows that go at publication are never in flight: only the broker limits them.
-        limit = self._settings.batch_size if carries else pace.quota
+        # Rows that go at publication are in flight until then: a batch that is being published, and the next.
+        limit = 2 * self._settings.batch_size if carries else pace.quota
         lease_max = max(lease, self._settings.lease_max)
         keys = self._keys.get(id)
         if keys is None:

@@ -49,18 +49,24 @@ class Publisher:
 
     def __init__(self) -> None:
         self._templates: dict[str, _Template] = {}
+        self._seen: dict[str, bool] = {}
+        """For the tasks of this batch, whether somebody sees or changes each message."""
         self._producer: Producer | None = None
 
     def begin(self) -> None:
         """Begin a batch: what is so only for a moment, such as a time of expiry, is asked for again."""
         self._templates = {task: template for task, template in self._templates.items() if not template.is_timed}
+        self._seen.clear()
 
     def publish(self, message: Message, app: Celery, producer: Producer) -> None:
         """Publish with `producer`; raises what the broker or Celery raises."""
         if producer is not self._producer:
             # Another connection, perhaps to a broker that has lost its queues: what was declared is declared again.
             self._templates, self._producer = {}, producer
-        if _each_is_seen(message, app):
+        seen = self._seen.get(message.task)
+        if seen is None:
+            seen = self._seen[message.task] = _each_is_seen(message, app)
+        if seen:
             _send(message, app, producer)
             return
         template = self._templates.get(message.task)

@@ -39,6 +39,9 @@ lease."""
 RINGS_UNDER_LOAD = 50
 """Rings in a second of sleep above which the bridge stays awake, so that writers need not ring."""
 
+RING_OTHERS_SECONDS = 0.2
+"""How often, at most, a bridge that has more than it can take tells the others: each time is a commit."""
+
 KEEPER_SECONDS = 2.0
 """How often a bridge that is not the keeper of a channel looks whether it should be."""
 
@@ -71,6 +74,7 @@ class Watch:
         self._assembler = Assembler()
         self._empty = 0
         self._rings: list[float] = []
+        self._ring_others_at = float("-inf")
         self._sweep_at = time.monotonic() + bridge.settings.poll_interval
 
     def run(self) -> None:
@@ -98,7 +102,7 @@ class Watch:
                 continue
             if looked.full:
                 self._link.open_doors()
-                bridge.ring_others(self._link)
+                self._ring_others()
                 continue
             if stopping.is_set():
                 return
@@ -139,6 +143,12 @@ class Watch:
         if len(kept) < len(self._bridge.stored):
             waits.append(KEEPER_SECONDS)
         return max(0.0, min(waits))
+
+    def _ring_others(self) -> None:
+        now = time.monotonic()
+        if now >= self._ring_others_at:
+            self._ring_others_at = now + RING_OTHERS_SECONDS
+            self._bridge.ring_others(self._link)
 
     def _doubling(self, most: float) -> float:
         return float(min(most, MOMENT * 2.0 ** min(self._empty, 16)))
