@@ -13,7 +13,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 
-from pgpubsub_celery.schema import NO_KEY, Names, quote_identifier, quote_literal
+from pgpubsub_celery.schema import NO_KEY, RING, Names, quote_identifier, quote_literal
 
 ROW_LIMIT = 100_000_000
 """Bytes of a row's text up to which all of it is stored; jsonb ends at 256 MB, and old and new must both fit."""
@@ -134,6 +134,7 @@ class Capture:
             where=where,
             keys="".join(f", {name}" for name, _ in self._named_keys),
             made="".join(f", c.{name}" for name, _ in self._named_keys),
+            ring=RING.format(s=self._sql.prefix, known=_KNOWN),
         )
 
     def _send(self, sources: Mapping[str, str]) -> str:
@@ -367,6 +368,9 @@ BEGIN
     RETURN NULL;
 END"""
 
+_KNOWN = """
+            WHERE c.name = ANY (emitted.names) OR c.aliases && emitted.names"""
+
 # A row for each change and subscription; one without subscription where there is none yet.
 _STORE = """    WITH subscribed AS MATERIALIZED (
         SELECT s.id, s.channel, s.listener, s.aliases FROM {subscription} s
@@ -379,7 +383,7 @@ _STORE = """    WITH subscribed AS MATERIALIZED (
     ) c LEFT JOIN subscribed s ON true{where};
     GET DIAGNOSTICS stored_rows = ROW_COUNT;
     IF emitted.stored_rows > 0 THEN
-        PERFORM {s}pgpubsub_ring(emitted.names[1]);
+        {ring};
     END IF;"""
 
 _SEND = """    PERFORM {s}pgpubsub_send(d.listen_name, jsonb_build_object(

@@ -185,7 +185,8 @@ $function$
 
 # Alembic's revision(s) at the time of the change; NULL where there is no version table. Beside our tables, else in
 # public. Only a table of the installing role's or a superuser's: reading anybody else's would run what they put there
-# (a view's functions, row security) with the rights of the installing role.
+# (a view's functions, row security) with the rights of the installing role. Whether there is one is asked first, alone:
+# every writer's statement asks, and without a query that costs next to nothing.
 _DB_VERSION = """
 CREATE OR REPLACE FUNCTION {s}pgpubsub_db_version() RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
@@ -194,7 +195,10 @@ DECLARE
     found oid := coalesce(beside, to_regclass('public.alembic_version'));
     versions text;
 BEGIN
-    IF found IS NULL OR NOT EXISTS (
+    IF found IS NULL THEN
+        RETURN NULL;
+    END IF;
+    IF NOT EXISTS (
         SELECT FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner
         WHERE c.oid = found AND c.relkind = 'r' AND (r.rolname = current_user OR r.rolsuper)
     ) THEN
@@ -214,32 +218,41 @@ END
 $function$
 """
 
-# The doorbell. Granted: the bridge is awake and this transaction is registered with it until its end, silently.
-# Refused: the bridge sleeps (or wants to), so NOTIFY. Locks are released after the commit is visible.
-# A renamed channel has a door under each of its names: bridges of both releases may be asleep.
-# No NOTIFY where it would fail the writer: at its commit, because the queue is full; or when it prepares a transaction
-# (SET LOCAL pgpubsub.notify = 'off'). The bridge's sweep finds the rows then.
-_RING = """
+RING = """PERFORM CASE
+            WHEN NOT door.granted AND current_setting('pgpubsub.notify', true) IS DISTINCT FROM 'off'
+                AND pg_notification_queue_usage() < 0.9
+            THEN pg_notify(door.listen_name, '')
+        END
+        FROM (
+            SELECT c.listen_name,
+                pg_try_advisory_xact_lock_shared({s}pgpubsub_lock_key('door', c.name)) AS granted
+            FROM {s}pgpubsub_channel c{known} OFFSET 0
+        ) door"""
+"""The doorbell, a statement of PL/pgSQL; `known` chooses the channels: all names of the one that was emitted to.
+
+Granted: the bridge is awake and this transaction is registered with it until its end, silently. Refused: the bridge
+sleeps (or wants to), so NOTIFY. Locks are released after the commit is visible. A renamed channel has a door under each
+of its names: bridges of both releases may be asleep. No NOTIFY where it would fail the writer: at its commit, because
+the queue is full; or when it prepares a transaction (SET LOCAL pgpubsub.notify = 'off'). The bridge's sweep finds the
+rows then. Triggers have it in their own text: a function's call would cost as much again.
+"""
+
+_KNOWN = """
+            LEFT JOIN {s}pgpubsub_channel mine ON mine.name = emitted
+            WHERE c.name = emitted OR emitted = ANY (c.aliases) OR c.name = ANY (mine.aliases)"""
+
+_RING = (
+    """
 CREATE OR REPLACE FUNCTION {s}pgpubsub_ring(emitted text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
-DECLARE
-    known record;
 BEGIN
-    FOR known IN
-        SELECT c.name, c.listen_name FROM {s}pgpubsub_channel c
-        WHERE c.name = emitted OR emitted = ANY (c.aliases)
-            OR c.name = ANY (ARRAY(SELECT unnest(r.aliases) FROM {s}pgpubsub_channel r WHERE r.name = emitted))
-    LOOP
-        IF NOT pg_try_advisory_xact_lock_shared({s}pgpubsub_lock_key('door', known.name))
-            AND current_setting('pgpubsub.notify', true) IS DISTINCT FROM 'off'
-            AND pg_notification_queue_usage() < 0.9
-        THEN
-            PERFORM pg_notify(known.listen_name, '');
-        END IF;
-    END LOOP;
+    """
+    + RING.replace("{known}", _KNOWN)
+    + """;
 END
 $function$
 """
+)
 
 # NOTIFY carries at most 7,999 bytes and drops equal payloads of one transaction: longer messages go in numbered
 # chunks, and every message has an id. 1,900 characters are at most 7,600 bytes. Chunks are cut from slices of the

@@ -160,7 +160,10 @@ DECLARE
     found oid := coalesce(beside, to_regclass('public.alembic_version'));
     versions text;
 BEGIN
-    IF found IS NULL OR NOT EXISTS (
+    IF found IS NULL THEN
+        RETURN NULL;
+    END IF;
+    IF NOT EXISTS (
         SELECT FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner
         WHERE c.oid = found AND c.relkind = 'r' AND (r.rolname = current_user OR r.rolsuper)
     ) THEN
@@ -185,27 +188,25 @@ REVOKE ALL ON FUNCTION "@schema@".pgpubsub_db_version() FROM PUBLIC;
 
 --;
 
-COMMENT ON FUNCTION "@schema@".pgpubsub_db_version() IS 'pgpubsub:00cf883890f4a9d5';
+COMMENT ON FUNCTION "@schema@".pgpubsub_db_version() IS 'pgpubsub:1049282333807309';
 
 --;
 
 CREATE OR REPLACE FUNCTION "@schema@".pgpubsub_ring(emitted text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
-DECLARE
-    known record;
 BEGIN
-    FOR known IN
-        SELECT c.name, c.listen_name FROM "@schema@".pgpubsub_channel c
-        WHERE c.name = emitted OR emitted = ANY (c.aliases)
-            OR c.name = ANY (ARRAY(SELECT unnest(r.aliases) FROM "@schema@".pgpubsub_channel r WHERE r.name = emitted))
-    LOOP
-        IF NOT pg_try_advisory_xact_lock_shared("@schema@".pgpubsub_lock_key('door', known.name))
-            AND current_setting('pgpubsub.notify', true) IS DISTINCT FROM 'off'
-            AND pg_notification_queue_usage() < 0.9
-        THEN
-            PERFORM pg_notify(known.listen_name, '');
-        END IF;
-    END LOOP;
+    PERFORM CASE
+            WHEN NOT door.granted AND current_setting('pgpubsub.notify', true) IS DISTINCT FROM 'off'
+                AND pg_notification_queue_usage() < 0.9
+            THEN pg_notify(door.listen_name, '')
+        END
+        FROM (
+            SELECT c.listen_name,
+                pg_try_advisory_xact_lock_shared("@schema@".pgpubsub_lock_key('door', c.name)) AS granted
+            FROM "@schema@".pgpubsub_channel c
+            LEFT JOIN "@schema@".pgpubsub_channel mine ON mine.name = emitted
+            WHERE c.name = emitted OR emitted = ANY (c.aliases) OR c.name = ANY (mine.aliases) OFFSET 0
+        ) door;
 END
 $function$;
 
@@ -215,7 +216,7 @@ REVOKE ALL ON FUNCTION "@schema@".pgpubsub_ring(text) FROM PUBLIC;
 
 --;
 
-COMMENT ON FUNCTION "@schema@".pgpubsub_ring(text) IS 'pgpubsub:ae3986700a5d5baf';
+COMMENT ON FUNCTION "@schema@".pgpubsub_ring(text) IS 'pgpubsub:4f12b43b2d478c42';
 
 --;
 
