@@ -1,10 +1,10 @@
 """Transactions that cost no round trip: BEGIN goes with the first statement, COMMIT with the last.
 
 psycopg2 sends BEGIN ahead of a transaction's first statement, by itself, and waits for the answer; a connection that
-SQLAlchemy has given an isolation level costs one more when that is taken back. Owns a connection that need not: asked
-to, it leaves BEGIN to whoever sends the first statement, and its own `commit()` and `rollback()` send what is still to
-be sent. To everybody else it is a connection of psycopg2's as any. With other drivers nothing is changed, and nothing
-is saved. Knows nothing of notifications.
+SQLAlchemy has given an isolation level costs one more when that is taken back. Owns a connection that need not: what
+can wait for the next statement, whoever sends that and however, is sent in front of it, and its own `commit()` and
+`rollback()` send what is still to be sent. To everybody else it is a connection of psycopg2's as any. With other
+drivers nothing is changed, and nothing is saved. Knows nothing of notifications.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import copy
 from typing import Any
 
 import psycopg2.extensions
+from psycopg2.sql import Composable
 from sqlalchemy import Connection, Engine, event
 
 _LEVEL = "ISOLATION LEVEL READ COMMITTED"
@@ -20,6 +21,7 @@ BEGIN = f"BEGIN {_LEVEL}"
 
 _NO_LEVEL = "pgpubsub_no_level"
 _Base: Any = psycopg2.extensions.connection
+_BaseCursor: Any = psycopg2.extensions.cursor
 _IDLE = psycopg2.extensions.TRANSACTION_STATUS_IDLE
 
 
@@ -27,7 +29,8 @@ class _Saving(_Base):  # type: ignore[misc]
     """A connection whose transactions may be begun and ended by text: the driver believes it to be in autocommit."""
 
     by_text = False
-    unbegun = False
+    waiting: tuple[str, ...] = ()
+    """Statements that go with the next one, before it."""
     isolation_level: Any
     level: Any = None
     """The isolation level that the driver begins with, where that has been taken from it."""
@@ -36,7 +39,17 @@ class _Saving(_Base):  # type: ignore[misc]
         """Leave BEGIN to the next statement; where a transaction is open already, that is as good."""
         if self.info.transaction_status == _IDLE:
             self.autocommit = True
-            self.by_text = self.unbegun = True
+            self.by_text, self.waiting = True, (BEGIN,)
+
+    def take_waiting(self) -> str:
+        """Return what is to be sent in front of a statement; its sending is the caller's."""
+        waiting, self.waiting = self.waiting, ()
+        return "".join(f"{statement}; " for statement in waiting)
+
+    def send_waiting(self) -> None:
+        """Send it now, alone."""
+        if self.waiting:
+            self._send(self.take_waiting())
 
     @property
     def autocommit(self) -> Any:
@@ -69,36 +82,84 @@ class _Saving(_Base):  # type: ignore[misc]
         It then sends BEGIN once more, which is a warning to the server's log and nothing else, if no level goes with
         it.
         """
-        if name is not None and self.by_text:
-            self._begin()
+        if not self.by_text:
+            return super().cursor(name, *arguments, **options)
+        if name is not None:
+            self.send_waiting()
             self.level = self.isolation_level
             if self.level is not None:
                 self.isolation_level = None
             self.by_text = False
             self.autocommit = False
+        elif arguments or options.get("cursor_factory") or self.cursor_factory is not None:
+            self.send_waiting()  # whatever this cursor does
+        else:
+            options["cursor_factory"] = _SavingCursor
         return super().cursor(name, *arguments, **options)
+
+    def lobject(self, *arguments: Any, **options: Any) -> Any:
+        """As psycopg2's."""
+        self.send_waiting()
+        return super().lobject(*arguments, **options)
 
     def _give_level(self) -> None:
         if self.level is not None and not self.closed:
             self.level, self.isolation_level = None, self.level
 
-    def _begin(self) -> None:
-        if self.unbegun:
-            self._send(BEGIN)
-            self.unbegun = False
-
     def _end(self, how: str) -> None:
+        # What is waiting has changed nothing yet.
+        self.waiting = ()
         try:
-            if not self.unbegun and self.info.transaction_status != _IDLE:
+            if self.info.transaction_status != _IDLE:
                 self._send(how)
         finally:
-            self.by_text = self.unbegun = False
+            self.by_text = False
             if not self.closed:
                 self.autocommit = False
 
     def _send(self, statement: str) -> None:
         with super().cursor() as cursor:
             cursor.execute(statement)
+
+
+class _SavingCursor(_BaseCursor):  # type: ignore[misc]
+    """A cursor of such a connection, used by SQLAlchemy or anybody else."""
+
+    connection: _Saving
+
+    def execute(self, query: Any, vars: Any = None) -> Any:
+        """As psycopg2's."""
+        if self.connection.waiting:
+            if isinstance(query, Composable):
+                query = query.as_string(self)
+            waiting = self.connection.take_waiting()
+            query = waiting.encode() + query if isinstance(query, bytes) else waiting + query
+        return super().execute(query, vars)
+
+    def executemany(self, query: Any, vars_list: Any) -> Any:
+        """As psycopg2's."""
+        self.connection.send_waiting()
+        return super().executemany(query, vars_list)
+
+    def callproc(self, *arguments: Any) -> Any:
+        """As psycopg2's."""
+        self.connection.send_waiting()
+        return super().callproc(*arguments)
+
+    def copy_from(self, *arguments: Any, **options: Any) -> Any:
+        """As psycopg2's."""
+        self.connection.send_waiting()
+        return super().copy_from(*arguments, **options)
+
+    def copy_to(self, *arguments: Any, **options: Any) -> Any:
+        """As psycopg2's."""
+        self.connection.send_waiting()
+        return super().copy_to(*arguments, **options)
+
+    def copy_expert(self, *arguments: Any, **options: Any) -> Any:
+        """As psycopg2's."""
+        self.connection.send_waiting()
+        return super().copy_expert(*arguments, **options)
 
 
 def saving(engine: Engine) -> tuple[Engine, Any]:
@@ -137,7 +198,7 @@ def _make_saving(dialect: Any, record: Any, arguments: list[Any], options: dict[
 
 
 def begin(proxy: Any, *, by_text: bool) -> None:
-    """Begin a transaction; `by_text` with its first statement, which then must go through SQLAlchemy."""
+    """Begin a transaction; `by_text` with its first statement."""
     raw = proxy.driver_connection
     if by_text and isinstance(raw, _Saving):
         raw.begin_by_text()
@@ -154,25 +215,38 @@ def _end_autocommit(proxy: Any) -> None:
 
 
 def opening(connection: Connection, *, apart: bool = False) -> str:
-    """Return what is to be put before the statement that is sent now; nothing once the transaction has begun.
+    """Return what SQLAlchemy is to put before the statement that is sent now; mostly nothing.
 
     `apart`: nothing can be put before it, so that is sent by itself.
     """
     proxy = connection.connection
-    raw = proxy.driver_connection
-    if isinstance(raw, _Saving) and raw.unbegun:
-        raw.unbegun = False
-        begins = BEGIN
-    elif proxy.info.pop(_NO_LEVEL, False):
-        begins = f"SET TRANSACTION {_LEVEL}"
-    else:
+    if not proxy.info.pop(_NO_LEVEL, False):
         return ""
+    begins = f"SET TRANSACTION {_LEVEL}"
     if not apart:
         return f"{begins}; "
     cursor = proxy.cursor()
     cursor.execute(begins)
     cursor.close()
     return ""
+
+
+def leave(connection: Connection, *statements: str) -> bool:
+    """Leave statements to the next one, or to nobody when the transaction ends before; False where that cannot be."""
+    raw = connection.connection.driver_connection
+    if not isinstance(raw, _Saving) or not raw.by_text:
+        return False
+    raw.waiting = (*raw.waiting, *statements)
+    return True
+
+
+def take_back(connection: Connection, statement: str) -> bool:
+    """Take back a statement that was left, and those after it; False when it has been sent."""
+    raw = connection.connection.driver_connection
+    if not isinstance(raw, _Saving) or statement not in raw.waiting:
+        return False
+    raw.waiting = raw.waiting[: raw.waiting.index(statement)]
+    return True
 
 
 def ends_by_text(connection: Connection) -> bool:

@@ -2,8 +2,8 @@
 
 Owns the defence of a delivery's transaction against whoever would end it, and the savepoints of the sessions inside it.
 A listener's savepoint costs two round trips where SQLAlchemy sends it, which is most of what a short listener costs. So
-it is released only together with what follows: the next savepoint, or the end of the transaction. Never commits by
-itself, and never decides what becomes of a notification.
+it is set together with the listener's first statement, and released only together with what follows: the next
+savepoint, or the end of the transaction. Never commits by itself, and never decides what becomes of a notification.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ _KEY = "pgpubsub_transaction"
 class Transaction:
     """The one transaction of some runs, which only their delivery may end. Its connection is of a `guarding` engine."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, *, joins: bool = True) -> None:
+        """`joins`: a listener's savepoint may go with its first statement."""
         self._connection = connection
+        self.joins = joins
         self._ours = True
         self._committed = False
         self.lost = False
@@ -167,26 +169,44 @@ def _set_savepoint(connection: Connection, name: str) -> None:
     if transaction is None:
         _send(connection, f"SAVEPOINT {name}")
         return
-    release = "" if transaction.unreleased is None else f"RELEASE SAVEPOINT {transaction.unreleased}; "
-    transaction.unreleased = None
-    _send(connection, f"{release}SAVEPOINT {name}")
+    statements = [f"SAVEPOINT {name}"]
+    if transaction.unreleased is not None:
+        statements.insert(0, f"RELEASE SAVEPOINT {transaction.unreleased}")
+        transaction.unreleased = None
     transaction.savepoints += 1
-    if transaction.outermost is None:
-        transaction.outermost = name
+    if transaction.outermost is not None:
+        # A listener's own: it may be there for a statement that nobody could parse, and what goes with that is lost.
+        _send(connection, "; ".join(statements))
+        return
+    transaction.outermost = name
+    if not transaction.joins or not roundtrips.leave(connection, *statements):
+        _send(connection, "; ".join(statements))
 
 
 def _roll_back_to_savepoint(connection: Connection, name: str) -> None:
     transaction: Transaction | None = connection.info.get(_KEY)
-    if transaction is not None:
-        # Set later than this one, so gone with it.
-        transaction.unreleased = None
-        if transaction.outermost == name:
-            transaction.outermost = None
-    _send(connection, f"ROLLBACK TO SAVEPOINT {name}")
+    if transaction is None:
+        _send(connection, f"ROLLBACK TO SAVEPOINT {name}")
+        return
+    # Set later than this one, so gone with it.
+    transaction.unreleased = None
+    if transaction.outermost == name:
+        transaction.outermost = None
+        if _take_back(connection, transaction, name):
+            return
+    try:
+        _send(connection, f"ROLLBACK TO SAVEPOINT {name}")
+    except DBAPIError:
+        # It went with a statement that nobody could parse, and was never set; or somebody has ended the transaction.
+        transaction.lose()
+        raise
 
 
 def _release_savepoint(connection: Connection, name: str) -> None:
     transaction: Transaction | None = connection.info.get(_KEY)
+    if transaction is not None and transaction.outermost == name and _take_back(connection, transaction, name):
+        transaction.outermost = None
+        return
     if transaction is None or not _healthy(connection):
         # In a transaction that has failed, or been ended, this is what says so, to who is to blame.
         _send(connection, f"RELEASE SAVEPOINT {name}")
@@ -196,6 +216,13 @@ def _release_savepoint(connection: Connection, name: str) -> None:
     if transaction.outermost == name:
         transaction.outermost = None
         transaction.listener_committed = True
+
+
+def _take_back(connection: Connection, transaction: Transaction, name: str) -> bool:
+    """Forget a savepoint that no statement has followed; False when it has been set."""
+    forgotten = roundtrips.take_back(connection, f"SAVEPOINT {name}")
+    transaction.savepoints -= forgotten
+    return forgotten
 
 
 def _healthy(connection: Connection) -> bool:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import gc
+import io
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
+from psycopg2 import sql
+from psycopg2.extras import DictCursor, execute_values
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
@@ -135,8 +139,11 @@ def test_the_request_is_that_of_a_task_of_its_own(bundled: Work) -> None:
     assert all(request.called_directly is False for request, _ in bundled.seen)
 
 
-def test_a_bundle_leaves_nothing_to_the_garbage_collector(bundled: Work) -> None:
+def test_a_bundle_leaves_nothing_to_the_garbage_collector(bundled: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of runs a second, each with a reference to itself, would cost a fifth of them."""
+    # Whoever else has been imported into this process may watch.
+    for signal in (signals.task_prerun, signals.task_postrun, signals.task_success):
+        monkeypatch.setattr(signal, "receivers", [])
     bundled.emit(*range(50))
     bundled.deliveries.run()
     bundled.emit(*range(50, 100))
@@ -675,6 +682,113 @@ def test_savepoints_that_turn_out_to_be_many_end_the_transaction_early(bundled: 
     assert bundled.effects == sorted(list(range(40)) * 4)
     assert max(transactions.count(one) for one in set(transactions)) <= 64
     assert bundled.rows() == []
+
+
+# The savepoint that goes with a listener's first statement
+
+
+def _by_cursor(cursor: Any, value: int) -> None:
+    cursor.execute("INSERT INTO effect VALUES (%s)", (value,))
+
+
+def _by_bytes(cursor: Any, value: int) -> None:
+    cursor.execute(b"INSERT INTO effect VALUES (%s)" % str(value).encode())
+
+
+def _by_composition(cursor: Any, value: int) -> None:
+    cursor.execute(sql.SQL("INSERT INTO {} VALUES ({})").format(sql.Identifier("effect"), sql.Literal(value)))
+
+
+def _by_many(cursor: Any, value: int) -> None:
+    cursor.executemany("INSERT INTO effect VALUES (%s)", [(value,)])
+
+
+def _by_values(cursor: Any, value: int) -> None:
+    execute_values(cursor, "INSERT INTO effect VALUES %s", [(value,)])
+
+
+def _by_copy(cursor: Any, value: int) -> None:
+    cursor.copy_expert("COPY effect FROM STDIN", io.StringIO(f"{value}\n"))
+
+
+def _by_another_kind_of_cursor(cursor: Any, value: int) -> None:
+    with cursor.connection.cursor(cursor_factory=DictCursor) as other:
+        other.execute("INSERT INTO effect VALUES (%(value)s)", {"value": value})
+
+
+@pytest.mark.parametrize(
+    "write", [_by_cursor, _by_bytes, _by_composition, _by_many, _by_values, _by_copy, _by_another_kind_of_cursor]
+)
+def test_what_a_listener_does_through_the_driver_is_in_its_savepoint(bundled: Work, write: Any) -> None:
+    """Whatever its first statement is, and however it is sent: a failure takes back its own, and nobody else's."""
+
+    def do(task: Any, value: int, session: Session) -> None:
+        cursor: Any = session.connection().connection.cursor()
+        write(cursor, value)
+        cursor.close()
+        if value == 2:
+            raise ValueError("two")
+
+    bundled.do = do
+    bundled.emit(1, 2, 3)
+    bundled.deliveries.run()
+    assert bundled.effects == [1, 3]
+    assert bundled.states == ["failed"]
+
+
+def test_a_session_that_sends_nothing_costs_no_savepoint(bundled: Work) -> None:
+    """Begun, and committed or rolled back, with nothing in between."""
+
+    def do(task: Any, value: int, session: Session) -> None:
+        session.connection()
+        session.rollback() if value % 2 else session.commit()
+        if value == 5:
+            bundled.effect(session, value)
+
+    bundled.do = do
+    bundled.emit(*range(100))
+    (message,) = bundled.deliveries.claim()
+    bundled.deliveries.deliver(message)
+    assert bundled.effects == [5]
+    assert bundled.rows() == []
+    assert Runtime.of(bundled.app).savepoints_each["work.handle"] < 0.03
+
+
+def test_a_statement_that_nobody_can_parse_fails_its_own_notification(bundled: Work) -> None:
+    """Its savepoint, which went with it, was never set: what had been done before is done again, each once."""
+
+    def do(task: Any, value: int, session: Session) -> None:
+        session.execute(text("INSERT INTTO effect VALUES (2)")) if value == 2 else bundled.effect(session, value)
+
+    bundled.do = do
+    bundled.emit(1, 2, 3)
+    bundled.deliveries.run_until_idle()
+    assert bundled.effects == [1, 3]
+    (row,) = bundled.rows()
+    assert (row["state"], row["payload"]["value"]) == ("failed", 2)
+    assert "syntax error" in row["error"]
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_listener_may_cope_with_a_statement_that_nobody_can_parse(bundled: Work, nested: bool) -> None:
+    """In a savepoint of its own at once; by a rollback of its session when its notification travels alone."""
+
+    def do(task: Any, value: int, session: Session) -> None:
+        with contextlib.suppress(DBAPIError):
+            if nested:
+                with session.begin_nested():
+                    session.execute(text("SELEKT 1"))
+            else:
+                session.execute(text("SELEKT 1"))
+        if not nested:
+            session.rollback()
+        bundled.effect(session, value)
+
+    bundled.do = do
+    bundled.emit(1, 2, 3)
+    assert bundled.deliveries.run_until_idle() == (1 if nested else 4)
+    assert bundled.effects == [1, 2, 3]
+    assert bundled.states == []
 
 
 # Runs that nobody watches
