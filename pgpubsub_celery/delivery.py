@@ -29,14 +29,14 @@ from sqlalchemy.orm import Session
 
 from pgpubsub_celery import runs, tracing
 from pgpubsub_celery.channels import TriggerChannel
-from pgpubsub_celery.errors import DecodeError, PgPubSubError, SettingsError
+from pgpubsub_celery.errors import DecodeError, PgPubSubError
 from pgpubsub_celery.listeners import Listener
 from pgpubsub_celery.messages import Envelope, notification_task_id
+from pgpubsub_celery.origins import Origin
 from pgpubsub_celery.payload import decode_message
 from pgpubsub_celery.rows import decode_rows
 from pgpubsub_celery.runs import DONE, FAILED, RELEASED, RETRY, SPLIT, BatchRun, Run
 from pgpubsub_celery.runtime import Runtime
-from pgpubsub_celery.settings import DEFAULT_DATABASE
 from pgpubsub_celery.shortcut import Shortcut
 from pgpubsub_celery.store import Taken
 from pgpubsub_celery.telling import WANTED, Telling
@@ -122,8 +122,8 @@ class Delivery:
         self.uuid = uuid
         self.request = request
         self.envelope = envelope
-        self._is_renamed = False
-        self.runtime = self._runtime_named(envelope.database)
+        self._origin = Origin(task.app, envelope, uuid)
+        self.runtime = self._origin.runtime
         self.store = self.runtime.store
         self.single = len(envelope.ids or envelope.carried) == 1
         self._trace_result: Any = None
@@ -139,8 +139,8 @@ class Delivery:
 
     def deliver(self) -> Any:
         """Take what the message tells of, run each, settle each; return what Celery's tracer returns."""
-        if not self.envelope.carried or self._is_renamed:
-            self._check_installation()
+        self.runtime = self._origin.checked(self.begin)
+        self.store = self.runtime.store
         began = time.monotonic()
         with contextlib.ExitStack() as stack:
             if not self.single:
@@ -184,37 +184,6 @@ class Delivery:
             if not exc.connection_invalidated:
                 raise
         return step()
-
-    def _runtime_named(self, database: str | None) -> Runtime:
-        """Return the runtime of the database that the bridge calls by this alias."""
-        try:
-            return Runtime.of(self.task.app, database)
-        except SettingsError:
-            if database is None:
-                raise
-            self._is_renamed = True
-            return Runtime.of(self.task.app)
-
-    def _check_installation(self) -> None:
-        """Find the database that the message is of, and refuse one of another than this worker's."""
-        ours = self.begin(self.runtime.installation)
-        if ours == self.envelope.installation:
-            return
-        other = self.begin(lambda: self.runtime.other_with(self.task.app, self.envelope.installation))
-        if other is not None:
-            self.runtime, self.store = other, other.store
-            return
-        known, named = self.runtime.settings.aliases, self.envelope.database
-        if len(known) > 1 or named is not None:
-            raise PgPubSubError(
-                f"Message {self.uuid} is of the installation {self.envelope.installation} (the bridge calls its "
-                f"database {named or DEFAULT_DATABASE!r}), which none of this worker's databases has "
-                f"({', '.join(map(repr, known))}): add it to pgpubsub_databases. Its notification is left to its lease."
-            )
-        raise PgPubSubError(
-            f"Message {self.uuid} is of the installation {self.envelope.installation}, this worker's database has "
-            f"{ours}: bridge and worker use different databases but the same queue. Check PGPUBSUB_DATABASE_URL."
-        )
 
     def decode(self, rows: Sequence[Taken], connection: Connection) -> list[dict[str, Any] | DecodeError]:
         """Return the listener's arguments for each row, or why they cannot be read."""

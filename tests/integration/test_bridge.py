@@ -54,15 +54,20 @@ class Looking:
 
 @pytest.fixture
 def looking(
-    installed_engine: Engine, installed_url: str, registry: None, monkeypatch: pytest.MonkeyPatch
+    installed_engine: Engine,
+    installed_url: str,
+    registry: None,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> Iterator[Looking]:
-    """One channel with one listener."""
+    """One channel with one listener; parametrized: when its rows go."""
     app = Celery("looking", broker="memory://", set_as_current=False)
 
     @dataclasses.dataclass
     class Seen(Channel):
         channel_name = "looking.Seen"
         lock_notifications = True
+        acknowledge = getattr(request, "param", "finished")
 
     @channel_task(Seen, app=app, name="looking.see")
     def see() -> None: ...
@@ -99,6 +104,21 @@ def test_what_an_outage_gave_back_comes_first_when_it_is_over(looking: Looking, 
     looking.outage.clear()
     looking.look()
     assert looking.published == [(id,) for id in ids[: 2 * BATCH]]
+
+
+@pytest.mark.parametrize("looking", ["published"], indirect=True)
+def test_what_goes_at_publication_is_claimed_while_others_are_published(
+    looking: Looking, notifications: Notifications
+) -> None:
+    """A batch that the broker has not confirmed yet leaves room for the next."""
+    (subscription,) = looking.listeners
+    ids = notifications.add(3 * BATCH, subscription=subscription, channel="looking.Seen", ago=0)
+    for number in (1, 2, 3):
+        looked = looking.bridge.claim_and_dispatch(looking.link, looking.dispatcher, looking.listeners)
+        assert looked.claimed == BATCH, f"look {number}"
+    looking.bridge.finish(looking.link, looking.dispatcher)
+    assert [id for (id,) in looking.published] == ids
+    assert notifications.ids() == []
 
 
 def test_what_an_outage_gave_back_is_not_taken_for_finished(looking: Looking, notifications: Notifications) -> None:

@@ -142,7 +142,9 @@ def test_a_claim_reads_by_its_index_in_order(planner: None, full: Notifications,
         updating = {node.get("Index Name") for node in walk(plan) if "pkey" in node.get("Index Name", "")}
         assert updating == {"pgpubsub_notification_pkey"}
         sorted_here = [node["Plans"][0] for node in walk(plan) if "Sort" in node["Node Type"]]
-        assert {node.get("CTE Name") for node in sorted_here} <= {"fresh", "quota"}, "only what has been found may be sorted"
+        assert {node.get("CTE Name") for node in sorted_here} <= {"fresh", "quota"}, (
+            "only what has been found may be sorted"
+        )
 
 
 def test_others_backlogs_cost_a_claim_nothing(alone: Cost, full: Notifications) -> None:
