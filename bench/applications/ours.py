@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import functools
 import time
+import uuid
+from typing import Any
 
 from celery import Celery
 from sqlalchemy import create_engine, text
@@ -12,7 +16,15 @@ from sqlalchemy.orm import Session
 from bench.applications.given import BROKER, BULK, DATABASE, KIND, VARIANT, noted
 from bench.applications.tables import Effect, Item, item
 from pgpubsub_celery import Channel, TriggerChannel, channel_task, install, notify, notify_many
+from pgpubsub_celery.broker import Broker
+from pgpubsub_celery.messages import Address, build_messages
+from pgpubsub_celery.publishing import Publisher
 from pgpubsub_celery.settings import sync_url
+from pgpubsub_celery.store import Claimed
+
+BATCH = 500
+"""As many as a bridge claims, and publishes, at once."""
+_SOME_TIME = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
 
 app = Celery("bench", broker=BROKER)
 app.conf.update(task_ignore_result=True, broker_connection_retry_on_startup=True)
@@ -165,6 +177,26 @@ def bulk(count: int) -> float:
     with engine.begin() as connection:
         connection.exec_driver_sql(BULK, (count,))
     return time.perf_counter() - begin
+
+
+def publish(count: int) -> float:
+    """Publish as a bridge does, one message for each of so many claimed notifications; return the seconds."""
+    rows = [
+        Claimed(id=number, subscription=1, dispatches=1, retries=0, operation="message", created_at=_SOME_TIME)
+        for number in range(1, count + 1)
+    ]
+    task: Any = sent
+    address = Address(channel=Sent.name(), listener=task.name, task=task.name)
+    broker, publisher = Broker(app, timeout=10), Publisher()
+    begin = time.perf_counter()
+    for first in range(0, count, BATCH):
+        publisher.begin()
+        messages = build_messages(rows[first : first + BATCH], {1: address}, uuid.UUID(int=1))
+        outcomes = broker.publish([functools.partial(publisher.publish, message) for message in messages])
+        assert not any(outcomes), outcomes
+    seconds = time.perf_counter() - begin
+    broker.close()
+    return seconds
 
 
 def backlog(count: int) -> float:

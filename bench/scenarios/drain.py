@@ -20,6 +20,9 @@ NOTHING = "no-op"
 INSERT = "one insert"
 LIMIT = 150.0
 
+LARGER = {"bundle_max": 500, "max_in_flight": 2000}
+"""Our own settings for short listeners, where a crash may repeat more of them."""
+
 PGQUEUERS = ((100, 1), (500, 1), (500, 2), (1000, 1))
 """Batch sizes and processes: which is its best setting depends on the machine."""
 
@@ -37,6 +40,9 @@ def run(ground: Ground, scale: Scale, peers: Collection[str]) -> Outcome:
     record = Recorder("drain")
     for measure, large in ((NOTHING, scale.backlog), (INSERT, scale.insert_backlog)):
         _drain(ground, scale, record, measure, OURS, ours.variant("work"), large)
+        if scale.name == "full":
+            title = f"{OURS}, " + ", ".join(f"{setting} {value:,}" for setting, value in LARGER.items())
+            _drain(ground, scale, record, measure, title, ours.variant("work", **LARGER), large)
         if "pgqueuer" in peers:
             for setting, processes in PGQUEUERS if scale.name == "full" else PGQUEUERS[1:3]:
                 contestant = pgqueuer.batched(setting, processes)

@@ -23,7 +23,12 @@ def run(ground: Ground, scale: Scale, peers: Collection[str]) -> Outcome:
     if "plain_celery" in peers:
         _loops(ground, scale, record)
     sending = dataclasses.replace(ours.variant("sent"), consumers=[ours.bridge("sent")])
-    _backlog(ground, record, OURS, sending, scale.backlog // 2, scale.repeats, "one message for each, kept in the row")
+    count = scale.backlog // 2
+    _backlog(ground, record, OURS, sending, count, scale.repeats, "claimed, one message for each, deleted")
+    if scale.name == "full":
+        both = dataclasses.replace(sending, consumers=[ours.bridge("sent", "--processes", "2")])
+        _backlog(ground, record, f"{OURS}, 2 processes", both, count, scale.repeats)
+    _alone(ground, scale, record)
     if "on_commit" in peers:
         _backlog(ground, record, system("on_commit").name, system("on_commit"), scale.small_backlog, scale.repeats)
     if "celery_outbox" in peers:
@@ -40,6 +45,16 @@ def _loops(ground: Ground, scale: Scale, record: Recorder) -> None:
             staged.application.call(action, 100)
             rates = [count / staged.application.call(action, count) for _ in range(scale.repeats)]
             record.add(MEASURE, title, "messages/s", rates, f"{count:,} in a loop, one producer")
+
+
+def _alone(ground: Ground, scale: Scale, record: Recorder) -> None:
+    """What a bridge does with the broker, without what it does with Postgres."""
+    title = f"{OURS}, what is claimed already"
+    with record.measuring(title), ours.variant("sent").staged(ground, consumers=False) as staged:
+        staged.application.call("publish", 100)
+        count = scale.backlog // 2
+        rates = [count / staged.application.call("publish", count) for _ in range(scale.repeats)]
+        record.add(MEASURE, title, "messages/s", rates, f"{count:,}, as a bridge publishes, without Postgres")
 
 
 def _backlog(

@@ -32,15 +32,18 @@ def _unfinished(stage: Stage) -> bool:
     return state is not None
 
 
-def variant(name: str) -> System:
-    """Return the system for one of the application's channels."""
+def variant(name: str, **settings: int) -> System:
+    """Return the system for one of the application's channels, with other settings than the defaults where given."""
     return dataclasses.replace(
         SYSTEM,
         consumers=[
             bridge(name, "--recover", "--loglevel=warning"),
             ["celery", "-A", "bench.applications.ours", *WORKER],
         ],
-        environment={"BENCH_VARIANT": name},
+        environment={
+            "BENCH_VARIANT": name,
+            **{f"PGPUBSUB_{setting.upper()}": str(value) for setting, value in settings.items()},
+        },
     )
 
 
