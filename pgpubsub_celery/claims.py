@@ -21,6 +21,9 @@ from pgpubsub_celery.pacing import Pace
 from pgpubsub_celery.settings import Settings
 from pgpubsub_celery.store import Bound, Claim, Quota, Store
 
+MOMENTARY_BATCHES = 20
+"""Batches in flight, at most, of notifications whose rows go when they are published: that many bridges are busy."""
+
 
 class Claims:
     """The claims of one bridge."""
@@ -69,8 +72,8 @@ class Claims:
         pace = self.paces.get(id)
         if pace is None:
             pace = self.paces[id] = Pace(self._settings.max_in_flight, lease)
-        # Rows that go at publication are in flight until then: a batch that is being published, and the next.
-        limit = 2 * self._settings.batch_size if carries else pace.quota
+        # Rows that go at publication are in flight for moments, those of all bridges: only the broker limits them.
+        limit = MOMENTARY_BATCHES * self._settings.batch_size if carries else pace.quota
         lease_max = max(lease, self._settings.lease_max)
         keys = self._keys.get(id)
         if keys is None:
