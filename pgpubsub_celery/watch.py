@@ -39,6 +39,9 @@ lease."""
 RINGS_UNDER_LOAD = 50
 """Rings in a second of sleep above which the bridge stays awake, so that writers need not ring."""
 
+AWAKE_SECONDS = 2.0
+"""How long a bridge stays awake after that while quotas are used up, though it claims nothing."""
+
 RING_OTHERS_SECONDS = 0.2
 """How often, at most, a bridge that has more than it can take tells the others: each time is a commit."""
 
@@ -75,6 +78,7 @@ class Watch:
         self._empty = 0
         self._rings: list[float] = []
         self._ring_others_at = float("-inf")
+        self._awake_until = float("-inf")
         self._sweep_at = time.monotonic() + bridge.settings.poll_interval
 
     def run(self) -> None:
@@ -115,19 +119,31 @@ class Watch:
                 self._empty = 0
                 self._link.open_doors()
             return 0.0
+        if looked.limited and self._link.asleep and self._under_load():
+            # Writers would go on to ring for what cannot be had yet, each for one look in vain.
+            self._awake_until = time.monotonic() + AWAKE_SECONDS
+            self._link.open_doors()
         if looked.claimed:
             self._empty = 0
-            if looked.limited:
-                return max(MOMENT, min(QUOTA_MOMENT, looked.soon))
-            if self._link.asleep and not self._under_load():
-                return 0.0  # one more look: what is claimed alone says nothing of what else is due
-            self._link.open_doors()
-            return MOMENT
+            return self._patience_with_some(looked)
         self._empty += 1
+        return self._patience_with_none(looked)
+
+    def _patience_with_some(self, looked: Looked) -> float:
+        if looked.limited:
+            return max(MOMENT, min(QUOTA_MOMENT, looked.soon))
+        if self._link.asleep and not self._under_load():
+            return 0.0  # one more look: what is claimed alone says nothing of what else is due
+        self._link.open_doors()
+        return MOMENT
+
+    def _patience_with_none(self, looked: Looked) -> float:
         kept = self._link.keep(self._bridge.stored)
         if not self._link.asleep:
             if self._empty < EMPTY_CLAIMS_BEFORE_SLEEP:
                 return MOMENT
+            if looked.limited and time.monotonic() < self._awake_until:
+                return BUSY_MOMENT
             # Whoever was registered has committed once the doors are closed: one more look, and sleep. While some
             # writer is still registered, silently, look again soon.
             closed = self._link.close_doors()
