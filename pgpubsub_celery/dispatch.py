@@ -21,7 +21,7 @@ from celery.backends.base import DisabledBackend
 from kombu import Producer
 from sqlalchemy import Connection
 
-from pgpubsub_celery import announcements
+from pgpubsub_celery import announcements, tracing
 from pgpubsub_celery.broker import Broker, Publication
 from pgpubsub_celery.bundles import Bundling
 from pgpubsub_celery.channels import Channel
@@ -288,4 +288,5 @@ def bundling_of(listener: Listener, app: Celery, settings: Settings) -> Bundling
 
 
 def _publish_enqueued(row: Claimed, app: Celery, producer: Producer) -> None:
-    publish_signature(row.payload, app, producer)
+    with tracing.continued(row.context):
+        publish_signature(row.payload, app, producer, tracing.headers_of(row.context))

@@ -132,30 +132,32 @@ def load_signature(payload: Any, app: Celery) -> Signature:
         raise DecodeError(f"The stored task cannot be read ({type(exc).__name__}: {exc}).") from exc
 
 
-def publish_signature(payload: Any, app: Celery, producer: Producer) -> None:
+def publish_signature(payload: Any, app: Celery, producer: Producer, headers: Mapping[str, str] | None = None) -> None:
     """Publish a stored signature with `producer`, without retrying: a failure is for the caller to settle.
 
-    Chains and chords look for a producer of their own, in the application's pool; for this call they find `producer`.
-    Not for several threads that share `app`.
+    `headers` are added to each message's. Chains and chords look for a producer of their own, in the application's
+    pool; for this call they find `producer`. Not for several threads that share `app`.
 
     Raises:
         DecodeError: as `load_signature`; and whatever publishing raises.
     """
     signature = load_signature(payload, app)
-    with _publishing_through(app, producer):
+    with _publishing_through(app, producer, headers or {}):
         signature.apply_async(producer=producer)
 
 
 @contextlib.contextmanager
-def _publishing_through(app: Celery, producer: Producer) -> Iterator[None]:
+def _publishing_through(app: Celery, producer: Producer, headers: Mapping[str, str]) -> Iterator[None]:
     send = app.amqp.send_task_message
 
     def choose(given: Producer | None = None) -> contextlib.AbstractContextManager[Producer]:
         return contextlib.nullcontext(producer if given is None else given)
 
     @functools.wraps(send)
-    def send_once(*args: Any, **kwargs: Any) -> Any:
-        return send(*args, **{**kwargs, "retry": False})
+    def send_once(via: Producer, name: str, message: Any, *args: Any, **kwargs: Any) -> Any:
+        for header, value in headers.items():
+            message.headers.setdefault(header, value)
+        return send(via, name, message, *args, **{**kwargs, "retry": False})
 
     # Instance attributes: the options that say the same would become part of the messages of a chord's body.
     app.producer_or_acquire = choose

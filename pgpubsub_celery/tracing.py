@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 TRACEPARENT = "traceparent"
 """The W3C's name for which span of which trace caused something."""
 
+TRACESTATE = "tracestate"
+
 SYSTEM = "pgpubsub_celery"
 """What `messaging.system` is."""
 
@@ -126,6 +128,16 @@ def extracted(context: Mapping[str, Any] | None) -> Any:
     from opentelemetry import propagate
 
     return propagate.extract(context)
+
+
+def headers_of(context: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the trace that a notification's context carries, as the headers of a task's message.
+
+    Instrumentation of Celery reads them in a worker; who publishes need not have OpenTelemetry.
+    """
+    if not isinstance(context, Mapping):
+        return {}
+    return {name: context[name] for name in (TRACEPARENT, TRACESTATE) if isinstance(context.get(name), str)}
 
 
 def of_notification(operation: str, channel: str, listener: str, id: int | None) -> dict[str, Any]:

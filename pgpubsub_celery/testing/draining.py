@@ -37,6 +37,7 @@ from pgpubsub_celery.signatures import load_signature
 from pgpubsub_celery.store import Claimed, Quota, Store
 from pgpubsub_celery.testing import clock
 from pgpubsub_celery.testing.nested import EngineRuntime, NestedRuntime
+from pgpubsub_celery.tracing import continued
 from pgpubsub_celery.wakeups import require_installed
 
 ACKNOWLEDGED, RETRIED, FAILED, RELEASED, PUBLISHED = "acknowledged", "retried", "failed", "released", "published"
@@ -326,7 +327,8 @@ class _Drainage:
         outcome, error = ACKNOWLEDGED, None
         name = str(row.payload.get("task"))
         try:
-            with allow_join_result():  # a chain waits for its parts; a worker in this process would forbid it
+            # A chain waits for its parts; a worker in this process would forbid it.
+            with continued(row.context), allow_join_result():
                 error = _error_of(load_signature(row.payload, self._app).apply())
         except NotRegistered:
             outcome = PUBLISHED

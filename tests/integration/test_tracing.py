@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from celery import Celery
+from celery import Celery, group, signals
 from celery.exceptions import Ignore
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
@@ -34,11 +34,12 @@ from pgpubsub_celery import (
 from pgpubsub_celery.bridge import Bridge
 from pgpubsub_celery.broker import Broker
 from pgpubsub_celery.dispatch import Dispatcher
+from pgpubsub_celery.emit import ENQUEUE_LISTENER
 from pgpubsub_celery.errors import NotInstalledError
 from pgpubsub_celery.migrations import register_subscriptions
 from pgpubsub_celery.observing import observed
 from pgpubsub_celery.settings import Settings, sync_url
-from pgpubsub_celery.store import Store
+from pgpubsub_celery.store import Quota, Store
 from pgpubsub_celery.supervisor import Control
 from pgpubsub_celery.wakeups import Link, bridge_engine
 from tests.fixtures.deliveries import Deliveries
@@ -313,6 +314,43 @@ def test_an_enqueued_task_has_a_producer_s_span(
     (sent,) = exporter.get_finished_spans()
     assert (sent.name, sent.kind) == ("send pgpubsub.enqueue", SpanKind.PRODUCER)
     assert "s3cret" not in sent.to_json()
+
+
+@pytest.mark.parametrize("canvas", ["task", "chain", "group"])
+def test_an_enqueued_task_s_message_continues_the_writer_s_trace(
+    app: Celery, installed_engine: Engine, registry: None, exporter: InMemorySpanExporter, canvas: str
+) -> None:
+    """In its headers, where instrumentation of Celery looks for it."""
+
+    @app.task(name=f"tracing.step_{canvas}")
+    def step(number: int) -> None: ...
+
+    signature = {"task": step.s(1), "chain": step.si(1) | step.si(2), "group": group(step.s(1), step.s(2))}[canvas]
+    with trace.get_tracer("writer").start_as_current_span("request") as request:
+        with Session(installed_engine) as session, session.begin():
+            enqueue(session, signature)
+        wanted = f"{request.get_span_context().trace_id:032x}"
+    published: list[dict[str, Any]] = []
+
+    def publish(sender: Any = None, headers: Any = None, **_: Any) -> None:
+        published.append(dict(headers))
+
+    signals.before_task_publish.connect(publish)
+    try:
+        with Link(engine := bridge_engine(sync_url(app.conf.pgpubsub_database_url)), engine, "public") as link:
+            store = Store("public")
+            listeners = register_subscriptions(link.claims, "public", [ENQUEUE_LISTENER])
+            settings = Settings(database_url=app.conf.pgpubsub_database_url)
+            broker = Broker(app, timeout=1.0)
+            dispatcher = Dispatcher(app, store, broker, store.installation(link.claims), settings)
+            dispatcher.know(listeners)
+            quotas = [Quota(subscription=id, limit=10, lease=60, lease_max=60, with_payload=True) for id in listeners]
+            dispatcher.dispatch(link.claims, store.claim(link.claims, quotas, batch_size=10, max_starts=3).rows)
+            broker.close()
+    finally:
+        signals.before_task_publish.disconnect(publish)
+    assert len(published) == (2 if canvas == "group" else 1)
+    assert [headers["traceparent"].split("-")[1] for headers in published] == [wanted] * len(published)
 
 
 def test_without_a_tracer_provider_there_is_no_span_and_no_look_up(
