@@ -15,7 +15,7 @@ from bench.scenarios.backlog import claim_of
 from bench.scenarios.bulk import MEASURE as BULK
 from bench.scenarios.drain import INSERT, NOTHING, PGQUEUERS, pgqueuer_of
 from bench.scenarios.latency import measure_of as latency
-from bench.scenarios.publish import APPLY_ASYNC
+from bench.scenarios.publish import ALONE, APPLY_ASYNC, TWO_PROCESSES
 from bench.scenarios.publish import MEASURE as PUBLISH
 from bench.scenarios.writers import DRAINED, NOTIFIES_DRAINED, STORES_DRAINED, measure_of
 
@@ -149,6 +149,22 @@ RATIOS: tuple[Ratio, ...] = (
         name="backlog to broker with one id a message, against a loop of apply_async",
         scenario="publish",
         figure=(PUBLISH, OURS),
+        against=[(PUBLISH, APPLY_ASYNC)],
+        at_least=7.0,
+        before="1×",
+    ),
+    Ratio(
+        name="the same by two processes of a bridge",
+        scenario="publish",
+        figure=(PUBLISH, TWO_PROCESSES),
+        against=[(PUBLISH, APPLY_ASYNC)],
+        at_least=7.0,
+        before="1×",
+    ),
+    Ratio(
+        name="the same by one, of what is claimed already",
+        scenario="publish",
+        figure=(PUBLISH, ALONE),
         against=[(PUBLISH, APPLY_ASYNC)],
         at_least=7.0,
         before="1×",

@@ -246,9 +246,6 @@ class Bridge:
             if used_up:
                 limited, soon = True, min(soon, self._claims.paces[id].seconds_for(quota.limit / 3))
             standings[id] = Standing(in_flight=in_flight, more=full or used_up)
-        if claim.rows and now >= self._measure_at:
-            self._measure_at = now + MEASURE_SECONDS
-            dispatcher.measured = self._claims.store.run_times(link.claims, list(listeners))
         try:
             self.finish(link, dispatcher)
         except BaseException:
@@ -261,6 +258,10 @@ class Bridge:
             self._batch = dispatcher.begin(claim.rows, standings, self._thread if overlaps else None)
             if not overlaps:
                 self.finish(link, dispatcher)
+            if now >= self._measure_at:
+                # For the batches to come: this one is not to wait for it.
+                self._measure_at = now + MEASURE_SECONDS
+                dispatcher.measured = self._claims.store.run_times(link.claims, list(listeners))
         outage, self._outage = self._outage, None
         if outage is None:
             self._broker_trouble.over()

@@ -10,8 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
-LANES = 16
-"""Messages over which a short backlog is spread, at least: what a few workers can have in their hands."""
+LANES = 4
+"""Messages over which a short backlog is spread, at least: what a few workers can have in their hands.
+
+With more, a stream that single messages cannot keep up with waits behind that many of them: with 16, two processes that
+were given 500 notifications a second began each after 26 ms instead of 10.
+"""
 
 LANES_OF_A_PROCESS = 2
 

@@ -45,6 +45,8 @@ class Prepared:
         self.statement = statement
         # Two bridges that share a session behind a pooler, against all advice, share what is the same alone.
         self.name = f"{name}_{hashlib.sha256(statement.text.encode()).hexdigest()[:12]}"
+        self._texts: dict[str, tuple[str, TextClause]] = {}
+        """By driver; made once, because making them takes as long as executing."""
 
     def execute(self, connection: Connection, parameters: Mapping[str, Any]) -> CursorResult[Any]:
         """Execute; raises what the statement raises."""
@@ -69,6 +71,12 @@ class Prepared:
 
     def texts(self, connection: Connection) -> tuple[str, TextClause]:
         """Return what prepares it, and what executes it then."""
+        driver = connection.dialect.driver
+        if driver not in self._texts:
+            self._texts[driver] = self._make_texts(connection)
+        return self._texts[driver]
+
+    def _make_texts(self, connection: Connection) -> tuple[str, TextClause]:
         names: list[str] = []
 
         def numbered(found: re.Match[str]) -> str:

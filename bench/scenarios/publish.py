@@ -14,6 +14,8 @@ from bench.systems import Staged, System, ours, system
 
 MEASURE = "backlog to broker"
 APPLY_ASYNC = "Celery apply_async"
+TWO_PROCESSES = f"{OURS}, 2 processes"
+ALONE = f"{OURS}, what is claimed already"
 LIMIT = 120.0
 
 
@@ -27,7 +29,7 @@ def run(ground: Ground, scale: Scale, peers: Collection[str]) -> Outcome:
     _backlog(ground, record, OURS, sending, count, scale.repeats, "claimed, one message for each, deleted")
     if scale.name == "full":
         both = dataclasses.replace(sending, consumers=[ours.bridge("sent", "--processes", "2")])
-        _backlog(ground, record, f"{OURS}, 2 processes", both, count, scale.repeats)
+        _backlog(ground, record, TWO_PROCESSES, both, count, scale.repeats)
     _alone(ground, scale, record)
     if "on_commit" in peers:
         _backlog(ground, record, system("on_commit").name, system("on_commit"), scale.small_backlog, scale.repeats)
@@ -49,12 +51,11 @@ def _loops(ground: Ground, scale: Scale, record: Recorder) -> None:
 
 def _alone(ground: Ground, scale: Scale, record: Recorder) -> None:
     """What a bridge does with the broker, without what it does with Postgres."""
-    title = f"{OURS}, what is claimed already"
-    with record.measuring(title), ours.variant("sent").staged(ground, consumers=False) as staged:
+    with record.measuring(ALONE), ours.variant("sent").staged(ground, consumers=False) as staged:
         staged.application.call("publish", 100)
         count = scale.backlog // 2
         rates = [count / staged.application.call("publish", count) for _ in range(scale.repeats)]
-        record.add(MEASURE, title, "messages/s", rates, f"{count:,}, as a bridge publishes, without Postgres")
+        record.add(MEASURE, ALONE, "messages/s", rates, f"{count:,}, as a bridge publishes, without Postgres")
 
 
 def _backlog(
