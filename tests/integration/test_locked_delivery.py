@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import gc
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -22,9 +21,11 @@ from sqlalchemy.orm import Session
 
 from pgpubsub_celery import Channel, channel_task, notify, notify_many
 from pgpubsub_celery.messages import Message, notification_task_id
+from pgpubsub_celery.runs import Run
 from pgpubsub_celery.runtime import Runtime
 from pgpubsub_celery.shortcut import Shortcut
 from tests.fixtures.deliveries import Deliveries
+from tests.fixtures.garbage import collected
 
 SECRET = "correct horse battery staple"
 
@@ -148,13 +149,9 @@ def test_a_bundle_leaves_nothing_to_the_garbage_collector(bundled: Work, monkeyp
     bundled.deliveries.run()
     bundled.emit(*range(50, 100))
     (message,) = bundled.deliveries.claim()
-    gc.collect()
-    gc.disable()
-    try:
+    with collected() as garbage:
         bundled.deliveries.deliver(message)
-        assert gc.collect() < 50
-    finally:
-        gc.enable()
+    assert not [one for one in garbage if isinstance(one, Run)]
     assert len(bundled.effects) == 100
 
 
