@@ -13,7 +13,6 @@ import copy
 from typing import Any
 
 import psycopg2.extensions
-from psycopg2.sql import Composable
 from sqlalchemy import Connection, Engine, event
 
 _LEVEL = "ISOLATION LEVEL READ COMMITTED"
@@ -130,10 +129,9 @@ class _SavingCursor(_BaseCursor):  # type: ignore[misc]
     def execute(self, query: Any, vars: Any = None) -> Any:
         """As psycopg2's."""
         if self.connection.waiting:
-            if isinstance(query, Composable):
-                query = query.as_string(self)
-            waiting = self.connection.take_waiting()
-            query = waiting.encode() + query if isinstance(query, bytes) else waiting + query
+            # Before anything is taken: what the driver cannot put together is not sent, and what waits goes on waiting.
+            query, vars = self.mogrify(query, vars), None
+            query = self.connection.take_waiting().encode() + query
         return super().execute(query, vars)
 
     def executemany(self, query: Any, vars_list: Any) -> Any:

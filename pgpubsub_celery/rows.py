@@ -358,7 +358,7 @@ def _settings_for(row: Any) -> frozenset[str]:
 
 
 def _session_facts(connection: Connection) -> frozenset[str] | None:
-    """What holds in this session, as the server has told the driver; None for drivers that cannot cast here."""
+    """What holds on this connection, as the server has told the driver; None for drivers that cannot cast here."""
     if connection.dialect.driver not in _DRIVERS or drivers.parameter(connection, "client_encoding") != "UTF8":
         return None
     facts = set()

@@ -751,6 +751,25 @@ def test_a_session_that_sends_nothing_costs_no_savepoint(bundled: Work) -> None:
     assert Runtime.of(bundled.app).savepoints_each["work.handle"] < 0.03
 
 
+@pytest.mark.parametrize("copes", [True, False])
+def test_a_statement_that_the_driver_cannot_put_together_harms_nobody(bundled: Work, copes: bool) -> None:
+    """It was not sent, and the savepoint not with it: that goes with the next, or is not needed."""
+
+    def do(task: Any, value: int, session: Session) -> None:
+        if value == 2:
+            with contextlib.suppress(DBAPIError) if copes else contextlib.nullcontext():
+                session.execute(text("INSERT INTO effect VALUES (:value)"), {"value": {}})
+        bundled.effect(session, value)
+        if value == 2:
+            bundled.effect(session, 20)
+
+    bundled.do = do
+    bundled.emit(1, 2, 3)
+    assert bundled.deliveries.run_until_idle() == 1
+    assert bundled.effects == ([1, 2, 3, 20] if copes else [1, 3])
+    assert bundled.states == ([] if copes else ["failed"])
+
+
 def test_a_statement_that_nobody_can_parse_fails_its_own_notification(bundled: Work) -> None:
     """Its savepoint, which went with it, was never set: what had been done before is done again, each once."""
 

@@ -45,11 +45,14 @@ class Watching:
     def __init__(self) -> None:
         self.doors = Doors()
         self.now = 1000.0
+        self.told: list[float] = []
+        """When other bridges were told that there is more than this one can take."""
         bridge: Any = SimpleNamespace(
             stored=["a.Channel"],
             settings=SimpleNamespace(poll_interval=30.0),
             something_happened=lambda: None,
             next_due=lambda link, listeners: None,
+            ring_others=lambda link: self.told.append(self.now),
         )
         link: Any = self.doors
         dispatcher: Any = None
@@ -108,6 +111,14 @@ def test_writers_do_not_ring_for_what_cannot_be_had_yet(watching: Watching) -> N
     for _ in range(10):
         watching.look(USED_UP)
     assert watching.doors.asleep
+
+
+def test_other_bridges_are_told_of_a_backlog_a_few_times_a_second(watching: Watching) -> None:
+    """Not with each batch: each time is a commit."""
+    for _ in range(100):
+        watching.watch._ring_others()
+        watching.now += 0.01
+    assert 4 <= len(watching.told) <= 6
 
 
 def test_a_few_rings_do_not_keep_a_bridge_awake(watching: Watching) -> None:
